@@ -1,0 +1,148 @@
+"""The few operations that every formula is made of, each accurate where the naive form is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """A decay rate b that also knows log b and 1 - b, which float32 cannot recover from b.
+
+    It is a number in formulas: ``1 - b`` and ``b**t`` use the digits that it kept.
+
+    >>> b = decay_rate(0.999999)
+    >>> float(1 - b)  # 1 - float32(0.999999) would be 1.0132789e-06
+    1e-06
+    """
+
+    value: chex.Numeric
+    log: chex.Numeric
+    complement: chex.Numeric
+
+    __array_ufunc__ = None  # NumPy scalars leave the arithmetic to us
+
+    def __jax_array__(self) -> jax.Array:
+        return jnp.asarray(self.value)
+
+    def __add__(self, x: Any) -> Any:
+        return self.value + x
+
+    def __sub__(self, x: Any) -> Any:
+        return self.value - x
+
+    def __rsub__(self, x: Any) -> Any:
+        return self.complement if isinstance(x, int) and x == 1 else x - self.value
+
+    def __mul__(self, x: Any) -> Any:
+        return self.value * x
+
+    def __truediv__(self, x: Any) -> Any:
+        return self.value / x
+
+    def __rtruediv__(self, x: Any) -> Any:
+        return x / self.value
+
+    def __pow__(self, t: Any) -> Any:
+        return jnp.exp(t * self.log)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+
+def decay_rate(b: Any) -> Decay:
+    """b with its logarithm and complement: in double on the host for a number, traced otherwise.
+
+    A traced b that rounded up to 1 in its own dtype (0.999 does in bfloat16) becomes the largest
+    value below 1: with b = 1 a moment would never move and its bias correction would divide by 0.
+    """
+    if isinstance(b, Decay):
+        return b
+    if isinstance(b, (int, float, np.floating)):
+        b = float(b)
+        return Decay(
+            np.float64(b), np.float64(math.log(b) if b > 0 else -math.inf), np.float64(1 - b)
+        )
+    b = jnp.asarray(b)
+    if not jnp.issubdtype(b.dtype, jnp.floating):
+        b = b.astype(jnp.float32)
+    b = jnp.minimum(b, jnp.asarray(1 - jnp.finfo(b.dtype).epsneg, b.dtype))
+    b = b.astype(jnp.promote_types(b.dtype, jnp.float32))
+    return Decay(b, jnp.log(b), 1 - b)
+
+
+def ema(b: Decay | chex.Numeric, m: chex.Array, x: chex.Array) -> chex.Array:
+    """Exponential moving average: b·m + (1 - b)·x."""
+    b = decay_rate(b)
+    return b.value * m + b.complement * x
+
+
+def debias(m: chex.Array, b: Decay | chex.Numeric, t: chex.Numeric) -> chex.Array:
+    """m / (1 - b^t): the average of t values of an `ema` that started at zero."""
+    return m / -jnp.expm1(t * decay_rate(b).log)
+
+
+def abs_sq(x: chex.Array) -> chex.Array:
+    """|x|², real for complex x."""
+    return (x.conj() * x).real if jnp.iscomplexobj(x) else x * x
+
+
+@jax.custom_jvp
+def sqrt(x: chex.Array) -> chex.Array:
+    """√x whose derivative at 0 is 0 instead of ∞, so that gradients through an update stay finite."""
+    return jnp.sqrt(x)
+
+
+@sqrt.defjvp
+def _sqrt_jvp(primals: tuple[chex.Array], tangents: tuple[chex.Array]) -> tuple[Any, Any]:
+    y = sqrt(primals[0])
+    return y, tangents[0] * jnp.where(y > 0, 0.5 / jnp.where(y > 0, y, 1), 0)
+
+
+def averaging_length(b: Decay | chex.Numeric, t: chex.Numeric) -> tuple[chex.Array, chex.Array]:
+    """RAdam's ρ_t and ρ_∞: how many values the average of `ema` is worth after t steps, and finally.
+
+    ρ_∞ = 2/(1-b) - 1 and ρ_t = ρ_∞ - 2t·b^t/(1-b^t) cancel to nothing as b approaches 1. With
+    y = -t·log(b)/2 and L(y) = coth(y) - 1/y the same ρ_t is t·(1 - L(y)) + L(y/t), which does not.
+    """
+    b = decay_rate(b)
+    y = -t * b.log / 2
+    direct = 1 / jnp.maximum(y, 1) - 2 / jnp.expm1(2 * jnp.maximum(y, 1))
+    rho = t * jnp.where(y > 1, direct, 1 - _langevin(jnp.minimum(y, 1)))
+    final = 2 / b.complement - 1
+    # L(y/t) = final + 2/log b; both forms are at hand, each good on its side of 1
+    first = jnp.where(y > t, final + 2 / b.log, _langevin(jnp.minimum(y / t, 1)))
+    return rho + first, final
+
+
+def _langevin(y: chex.Array) -> chex.Array:
+    """coth(y) - 1/y for 0 ≤ y ≤ 1, by Lambert's continued fraction (exact to 1e-16)."""
+    fraction = jnp.full_like(y, 19.0)
+    for odd in (17, 15, 13, 11, 9, 7, 5, 3):
+        fraction = odd + y * y / fraction
+    return y / fraction
+
+
+def momentum_product(
+    b: Decay | chex.Numeric, momentum_decay: chex.Numeric, t: chex.Numeric
+) -> chex.Array:
+    """NAdam's Π_{i≤t} μ_i with μ_i = b·(1 - ½·0.96^(i·momentum_decay)), without a state for it.
+
+    From log(1 - x) = -Σ_k x^k/k with x = ½·r^i, summed over i first: a geometric series for each k.
+    64 terms leave 2^-64.
+    """
+    b = decay_rate(b)
+    k = jnp.arange(1, 65).astype(jnp.result_type(b.log))
+    rate = k * momentum_decay * math.log(0.96)
+    flat = rate == 0
+    ratio = jnp.exp(rate) * jnp.expm1(t * rate) / jnp.where(flat, 1, jnp.expm1(rate))
+    geometric = jnp.where(flat, t, ratio)
+    return jnp.exp(t * b.log - jnp.sum(jnp.exp2(-k) / k * geometric))

@@ -1,0 +1,235 @@
+"""What may be given, and the wording of every error: who, what, the value, what is allowed, the fix."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adam_jax.paths import path_string
+
+if TYPE_CHECKING:
+    from adam_jax.declare import Moment, Rule
+
+
+_caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="adam_jax")
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors inside carry this name, unless an outer one was set: that is what the user called."""
+    token = _caller.set(name) if _caller.get() == "adam_jax" else None
+    try:
+        yield
+    finally:
+        if token:
+            _caller.reset(token)
+
+
+def who() -> str:
+    """The name that the errors of the moment carry."""
+    return _caller.get()
+
+
+class Range(NamedTuple):
+    """The values that a hyperparameter may take."""
+
+    text: str
+    low: float
+    high: float = math.inf
+
+    def holds(self, x: float) -> bool:
+        return self.low <= x < self.high or (x == self.high and math.isinf(x))
+
+
+UNIT = Range("in [0, 1)", 0.0, 1.0)
+FROM_ZERO = Range(">= 0", 0.0)
+FROM_FOUR = Range(">= 4", 4.0)  # RAdam's rectification has no real value below
+
+DECAY_RATE = re.compile(r"b\d*|decay|momentum")
+
+
+def is_decay_rate(name: str) -> bool:
+    """Whether a hyperparameter is a decay rate, which its name says."""
+    return DECAY_RATE.fullmatch(name) is not None
+
+
+def allowed(name: str) -> Range | None:
+    """The range of a hyperparameter, from its name; None where anything goes."""
+    if is_decay_rate(name):
+        return UNIT
+    if name == "threshold":
+        return FROM_FOUR
+    if name in ("learning_rate", "weight_decay", "momentum_decay", "alpha", "gamma", "a", "b"):
+        return FROM_ZERO
+    return FROM_ZERO if name.startswith(("eps", "initial")) else None
+
+
+def hyperparam(name: str, value: Any) -> None:
+    """Numbers must be in range; arrays, tracers and schedules can't be looked at."""
+    if isinstance(value, (int, float, np.floating, np.integer)):
+        span = allowed(name)
+        if span and not span.holds(float(value)):
+            raise ValueError(f"{who()}: {name} must be {span.text}, got {value}")
+    elif callable(value) or hasattr(value, "dtype"):
+        if getattr(value, "ndim", 0) != 0:
+            raise ValueError(
+                f"{who()}: {name} must be a scalar, got an array of shape {value.shape}; "
+                f"for a value per leaf use optax.partition, for a population jax.vmap"
+            )
+    else:
+        raise TypeError(
+            f"{who()}: {name} must be a number, a scalar array or a schedule, got {value!r}"
+        )
+
+
+def choice(name: str, value: Any, options: Iterable[str]) -> None:
+    options = list(options)
+    if value not in options:
+        listed = ", ".join(repr(o) for o in options)
+        raise ValueError(f"{who()}: {name} must be one of {listed}, got {value!r}")
+
+
+def known_hyperparams(given: Iterable[str], known: Mapping[str, Any]) -> None:
+    for name in given:
+        if name not in known:
+            raise TypeError(
+                f"{who()}: there is no hyperparameter {name!r}; it has {', '.join(known) or 'none'}"
+            )
+
+
+def leaf(what: str, path: tuple[Any, ...], x: Any) -> None:
+    """A parameter or gradient must be a floating-point or complex array."""
+    dtype = (
+        jnp.result_type(x) if isinstance(x, (int, float, complex)) else getattr(x, "dtype", None)
+    )
+    if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+        return
+    kind = "a PRNG key" if _is_key(dtype) else f"of type {dtype or type(x).__name__}"
+    raise TypeError(
+        f"{who()}: {what} {path_string(path)!r} is {kind}, which has no gradient to follow; keep it "
+        f"out of the optimizer, e.g. with optax.masked or optax.partition, or make it floating point"
+    )
+
+
+def _is_key(dtype: Any) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _equal_shapes(path: tuple[Any, ...], gradient: Any, what: str, other: Any) -> None:
+    if np.shape(gradient) != np.shape(other):
+        raise ValueError(
+            f"{who()}: the gradient of {path_string(path)!r} has shape {np.shape(gradient)}, its "
+            f"{what} {np.shape(other)}; they must be equal (nothing is broadcast)"
+        )
+
+
+def moment(path: tuple[Any, ...], gradient: Any, name: str, declared: Moment, stored: Any) -> None:
+    """A stored moment must fit the gradient of its leaf."""
+    if stored is None:
+        raise ValueError(
+            f"{who()}: {path_string(path)!r} has a gradient but no {name} in the state; "
+            f"it was None when init was called: make the state anew"
+        )
+    _equal_shapes(path, gradient, name, stored)
+    if declared.signed and jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(stored):
+        raise ValueError(
+            f"{who()}: {name} of the complex leaf {path_string(path)!r} is stored as {stored.dtype} "
+            f"and would lose its imaginary part; choose a complex dtype, or none"
+        )
+
+
+def parameter(path: tuple[Any, ...], gradient: Any, p: Any, rule: Rule) -> None:
+    """A rule that uses the parameters needs them, with the gradients' shapes."""
+    if p is None:
+        raise ValueError(
+            f"{who()}: {rule.name} needs the parameters, and {path_string(path)!r} has none; "
+            f"call update(gradients, state, params)"
+        )
+    _equal_shapes(path, gradient, "parameter", p)
+
+
+def outputs(rule: Rule, u: Any, old: Sequence[Any], direction: Any, new: Sequence[Any]) -> None:
+    """A rule must return a direction and its moments, shaped and typed as they came."""
+    if len(old) != len(new):
+        raise ValueError(
+            f"rule {rule.name}: must return the direction and {len(old)} moments "
+            f"({', '.join(rule.moments) or 'none'}), returned {len(new)} moments"
+        )
+    named = zip(("direction", *rule.moments), (u, *old), (direction, *new), strict=True)
+    for name, before, after in named:
+        if np.shape(before) != np.shape(after) or before.dtype != getattr(after, "dtype", None):
+            raise ValueError(
+                f"rule {rule.name}: the {name} must have shape {before.shape} and dtype "
+                f"{before.dtype}, got {jnp.shape(after)} and {jnp.result_type(after)}"
+            )
+
+
+def structure(what: str, gradients: Any, tree: Any) -> ValueError:
+    """The error for gradients whose structure is not that of the parameters or the state."""
+    ours, theirs = (_paths(t) for t in (gradients, tree))
+    missing, extra = sorted(theirs - ours), sorted(ours - theirs)
+    found = [
+        f"without a gradient: {', '.join(missing[:5])}" if missing else "",
+        f"not in the {what}: {', '.join(extra[:5])}" if extra else "",
+        ""
+        if missing or extra
+        else f"{jax.tree.structure(gradients)} against {jax.tree.structure(tree)}",
+    ]
+    return ValueError(
+        f"{who()}: the gradients and the {what} have different structures "
+        f"({'; '.join(f for f in found if f)}); pass the tree that init was given"
+    )
+
+
+def _paths(tree: Any) -> set[str]:
+    return {path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def states(state: Any, expected: Sequence[type[Any]], bare: bool) -> None:
+    """A state must be what this optimizer's init makes, at least in its outline."""
+    got = [state] if bare else state
+    if isinstance(got, (tuple, list)) and len(got) == len(expected):
+        inner = [s.inner_state if isinstance(s, optax.MaskedState) else s for s in got]
+        if all(set(e._fields) == set(getattr(s, "_fields", "?")) for s, e in zip(inner, expected)):
+            return
+    made = ", ".join(e.__name__ for e in expected)
+    raise ValueError(
+        f"{who()}: this state is not of its making: got {_outline(state)}, init makes "
+        f"{made if bare else f'({made})'}; use the state of the same optimizer, or make a new one"
+    )
+
+
+def _outline(state: Any) -> str:
+    if type(state) is tuple:
+        return f"({', '.join(map(_outline, state))})"
+    return type(state).__name__
+
+
+def no_step_count(name: str, state: type[Any]) -> None:
+    raise ValueError(
+        f"{who()}: {name} cannot be a schedule, because {state.__name__} has no step count; "
+        f"wrap the constructor in optax.inject_hyperparams"
+    )
+
+
+def one_mask(mask: Any, weight_decay_mask: Any) -> Any:
+    if mask is not None and weight_decay_mask is not None:
+        raise ValueError(f"{who()}: mask and weight_decay_mask are one argument; give one of them")
+    return weight_decay_mask if mask is None else mask
+
+
+def only_eps(eps_root: Any, nesterov: bool) -> None:
+    if nesterov or not (isinstance(eps_root, (int, float)) and eps_root == 0):
+        raise ValueError(
+            f"{who()}: eps_hat=True has neither eps_root nor nesterov, "
+            f"got eps_root={eps_root}, nesterov={nesterov}"
+        )

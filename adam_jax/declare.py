@@ -1,0 +1,114 @@
+"""How a rule is declared: the moments it carries, their sign, and where they start."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+# What the engine hands to a rule that asks for it by name, beside the hyperparameters.
+INPUTS = ("t", "g", "p")
+
+
+class Moment(NamedTuple):
+    """What storage must know about a moment."""
+
+    signed: bool
+    start: float | str = 0.0
+
+    def starting_at(self, start: float | str) -> Moment:
+        """The same moment, starting at a number or at the hyperparameter of that name."""
+        return self._replace(start=start)
+
+
+signed = Moment(signed=True)
+"""A moment of either sign, such as an average of gradients."""
+
+positive = Moment(signed=False)
+"""A moment that is never negative, such as an average of squared gradients."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """A formula for one array with the declaration of its moments. Made by `rule`."""
+
+    step: Callable[..., Any]
+    moments: Mapping[str, Moment]
+    factor: Callable[..., Any] | None
+    inputs: tuple[str, ...]
+    hyperparams: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.step.__name__
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.step.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The formula itself, on arrays."""
+        return self.step(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"rule {self.name}({', '.join(self.moments)})"
+
+
+def rule(
+    *, factor: Callable[..., Any] | None = None, **moments: Moment
+) -> Callable[[Callable[..., Any]], Rule]:
+    """Declare a variant of Adam: a function of one array, with the moments that it carries.
+
+    The decorated function takes the gradient, then its moments in the declared order, then by
+    keyword what it needs of: `t`, the step counted from 1; `p`, the parameter; `g`, the gradient
+    (for a rule whose first argument is another rule's direction); and its hyperparameters. A
+    hyperparameter named b1, b2, … or decay is a decay rate, checked to be in [0, 1). One whose
+    default is a bool, a string or a function is an option, fixed when the optimizer is made. It
+    returns the direction (what the learning rate multiplies and the parameter loses) and the new
+    moments. Everything is float32 (float64 for float64 leaves) and has the leaf's shape.
+
+    Args:
+      factor: for what needs a mean over the whole leaf. The rule then returns the tuple
+        (direction, x, …) in the direction's place, and the leaf's direction is multiplied by
+        factor(mean of x, …).
+      **moments: `signed` or `positive`, `.starting_at(…)` where not 0, by name. They become the
+        fields of the optimizer's state.
+
+    Raises:
+      TypeError: the function's arguments are not the gradient and the declared moments in order.
+
+    >>> import adam_jax
+    >>> @adam_jax.rule(nu=adam_jax.positive)
+    ... def rms_direction(g, nu, *, t, b2=0.99, eps=1e-8):
+    ...     nu = adam_jax.ema(b2, nu, g * g)
+    ...     return g / (adam_jax.debias(nu, b2, t) ** 0.5 + eps), nu
+    >>> tx = adam_jax.from_rule(rms_direction, 1e-3, b2=0.95, weight_decay=0.1)
+    """
+
+    def declare(step: Callable[..., Any]) -> Rule:
+        parameters = inspect.signature(step).parameters.values()
+        positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if positional[1:] != list(moments):
+            raise TypeError(
+                f"rule {step.__name__}: the arguments after the gradient must be the declared "
+                f"moments ({', '.join(moments)}) in that order, got ({', '.join(positional[1:])})"
+            )
+        named = {k: v for k, v in keywords.items() if k not in INPUTS}
+        options = {k: v for k, v in named.items() if isinstance(v, (bool, str)) or _is_function(v)}
+        return Rule(
+            step=step,
+            moments=moments,
+            factor=factor,
+            inputs=tuple(k for k in keywords if k in INPUTS),
+            hyperparams={k: v for k, v in named.items() if k not in options},
+            options=options,
+        )
+
+    return declare
+
+
+def _is_function(default: Any) -> bool:
+    return callable(default) and default is not inspect.Parameter.empty

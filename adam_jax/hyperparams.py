@@ -1,0 +1,44 @@
+"""From what a user gave (a number, an array, a tracer, a schedule) to what a step computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adam_jax import checks
+from adam_jax.arithmetic import decay_rate
+
+
+def operands(hyperparams: Mapping[str, Any], count: chex.Array | None) -> dict[str, Any]:
+    """The values for one step: schedules are evaluated at the count of steps already made."""
+    return {
+        name: _operand(name, value(count) if callable(value) else value)
+        for name, value in hyperparams.items()
+    }
+
+
+def _operand(name: str, value: Any) -> Any:
+    if checks.is_decay_rate(name):
+        return decay_rate(value)
+    # double on the host: a float64 leaf gets all digits, and jit takes it as float32 elsewhere
+    return np.float64(value) if isinstance(value, (int, float)) else jnp.asarray(value)
+
+
+def has_schedule(hyperparams: Mapping[str, Any]) -> bool:
+    return any(callable(value) for value in hyperparams.values())
+
+
+def pack(operands: Any) -> tuple[chex.Array, Any]:
+    """All scalars of a step in one vector, with their layout: one operand for each leaf, not ten."""
+    scalars, layout = jax.tree.flatten(operands)
+    dtype = jnp.result_type(float)
+    return jnp.stack([jnp.asarray(x, dtype) for x in (*scalars, 0)]), layout
+
+
+def unpack(scalars: chex.Array, layout: Any) -> Any:
+    return layout.unflatten([scalars[i] for i in range(layout.num_leaves)])

@@ -1,0 +1,66 @@
+"""Leaves by name: one path string for a leaf wherever it is met, and masks made from patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """A key path as "layers/0/kernel".
+
+    Flax NNX shows an optimizer Variables at init, whose paths end in /value, and arrays at update:
+    the ending is dropped so that a leaf keeps its name.
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def matching(*patterns: str) -> Callable[[Any], Any]:
+    """A mask that is True on the leaves whose path contains a match of any pattern.
+
+    Args:
+      *patterns: regular expressions, searched in paths such as "layers/0/kernel".
+
+    Returns:
+      a function from a tree to a tree of bools, for `weight_decay_mask=`, `optax.masked` and others.
+
+    Raises:
+      ValueError: a pattern is not a valid regular expression.
+
+    >>> import jax.numpy as jnp
+    >>> matching("bias", "norm")({"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}})
+    {'dense': {'bias': True, 'kernel': False}}
+    """
+    search = _search(patterns)
+    return lambda tree: jax.tree_util.tree_map_with_path(
+        lambda path, _: search(path_string(path)), tree
+    )
+
+
+def not_matching(*patterns: str) -> Callable[[Any], Any]:
+    """The opposite of `matching`: True on every leaf whose path matches none of the patterns.
+
+    >>> import jax.numpy as jnp
+    >>> not_matching("bias", "norm")({"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}})
+    {'dense': {'bias': False, 'kernel': True}}
+    """
+    search = _search(patterns)
+    return lambda tree: jax.tree_util.tree_map_with_path(
+        lambda path, _: not search(path_string(path)), tree
+    )
+
+
+def _search(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"matching: {pattern!r} is not a regular expression ({error}); "
+                f"escape its special characters with re.escape"
+            ) from None
+    return lambda path: any(p.search(path) for p in compiled)

@@ -1,0 +1,151 @@
+"""State as Optax lays it out, and what can be read from it wherever it sits in a chain."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+# not exported by Optax 0.2.8
+from optax._src.transform import (
+    ScaleByRmsWithCountState as RmsCounted,
+    ScaleByRStdDevWithCountState as RStdDevCounted,
+)
+from optax.transforms._adding import WeightDecaySchedule  # noqa: F401
+
+from adam_jax import storage
+
+OPTAX_STATES: dict[type[Any], tuple[str, ...]] = {
+    optax.ScaleByAdamState: ("mu", "nu"),
+    optax.ScaleByAmsgradState: ("mu", "nu", "nu_max"),
+    optax.ScaleByBeliefState: ("mu", "nu"),
+    optax.ScaleByLionState: ("mu",),
+    optax.ScaleByAdanState: ("m", "v", "n", "g"),
+    optax.ScaleByRmsState: ("nu",),
+    RmsCounted: ("nu",),
+    optax.ScaleByRStdDevState: ("mu", "nu"),
+    RStdDevCounted: ("mu", "nu"),
+    optax.TraceState: ("trace",),
+    optax.contrib.ScaleByAdemamixState: ("m1", "m2", "nu"),
+    optax.contrib.ScaleBySimplifiedAdEMAMixState: ("m", "n"),
+}
+"""The moments among the fields of Optax's states; the other fields are step counts."""
+
+_DEFAULTS = {
+    ("mu",): optax.ScaleByLionState,
+    ("nu",): RmsCounted,
+    ("mu", "nu"): optax.ScaleByAdamState,
+    ("mu", "nu", "nu_max"): optax.ScaleByAmsgradState,
+}
+
+
+@functools.cache
+def state_class(moments: tuple[str, ...]) -> type[Any]:
+    """A NamedTuple with a step count and these moments: Optax's own where it has one."""
+    if not moments:
+        return optax.EmptyState
+    if moments in _DEFAULTS:
+        return _DEFAULTS[moments]
+    made = collections.namedtuple("ScaleByRuleState", ("count", *moments))
+    # pickle finds a class by its module and name, which a class made here does not have
+    made.__reduce__ = lambda self: (_remake, (moments, *self))
+    made.moments = moments
+    return made
+
+
+def _remake(moments: tuple[str, ...], *fields: Any) -> Any:
+    return state_class(moments)(*fields)
+
+
+def moment_fields(state: Any) -> tuple[str, ...]:
+    """The names of the moments in one transformation's state; empty where it has none."""
+    return getattr(type(state), "moments", OPTAX_STATES.get(type(state), ()))
+
+
+def count_fields(state: type[Any], moments: Iterable[str]) -> tuple[str, ...]:
+    """The fields of a state class that count steps: all that are no moments."""
+    return tuple(f for f in state._fields if f not in moments)
+
+
+def moments(state: chex.ArrayTree) -> dict[str, Any]:
+    """The moments in an optimizer's state as float32 trees, whatever they are stored in.
+
+    Args:
+      state: the state of an optimizer or of a chain around one, Optax's or ours; also
+        `nnx.Optimizer.opt_state`.
+
+    Returns:
+      {"mu": tree, "nu": tree} or whatever the variant carries, each with the parameters' structure
+      and shapes, in float32 (float64 and complex leaves keep their dtype).
+
+    Raises:
+      ValueError: the state holds no moments, or those of several optimizers (their paths are shown).
+
+    >>> import adam_jax, jax.numpy as jnp
+    >>> tx = adam_jax.adamw(1e-3)
+    >>> adam_jax.moments(tx.init({"w": jnp.ones(2)}))["nu"]
+    {'w': Array([0., 0.], dtype=float32)}
+    """
+    found = [(path, s) for path, s in _states(state) if moment_fields(s)]
+    if len(found) != 1:
+        where = ", ".join(
+            jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found
+        )
+        raise ValueError(
+            f"moments: the state holds the moments of {len(found)} transformations "
+            f"({where or 'none'}); pass the state of one, e.g. state[0]"
+        )
+    return {
+        name: jax.tree.map(_read, getattr(found[0][1], name)) for name in moment_fields(found[0][1])
+    }
+
+
+def step_count(state: chex.ArrayTree) -> chex.Array:
+    """The number of steps that an optimizer has made, from the state of any chain around it.
+
+    Args:
+      state: a state with a step count anywhere inside; also `nnx.Optimizer.opt_state`.
+
+    Returns:
+      an int32 scalar: the count beside the moments, or of the first schedule where no moments count.
+
+    Raises:
+      ValueError: nothing in the state counts steps.
+
+    >>> import adam_jax, jax.numpy as jnp
+    >>> int(adam_jax.step_count(adam_jax.adam(1e-3).init({"w": jnp.ones(2)})))
+    0
+    """
+    states = [s for _, s in _states(state)]
+    beside = [s for s in states if moment_fields(s)]
+    for s in (*beside, *states):
+        counts = [f for f in getattr(s, "_fields", ()) if f in ("count", "t", "step_count")]
+        if counts:
+            return jax.tree.leaves(getattr(s, counts[0]))[0]  # nnx keeps it in a Variable
+    raise ValueError(
+        "step_count: nothing in this state counts steps (plain sgd does not); "
+        "count them in the training loop, or use optax.inject_hyperparams"
+    )
+
+
+def _states(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """The NamedTuples inside a state, outermost first, with their paths; not those inside moments."""
+    found = []
+
+    def visit(path: tuple[Any, ...], node: Any) -> bool:
+        if hasattr(node, "_fields"):
+            found.append((path, node))
+        return bool(moment_fields(node))
+
+    jax.tree_util.tree_flatten_with_path(state, is_leaf=visit, is_leaf_takes_path=True)
+    return found
+
+
+def _read(stored: Any) -> chex.Array:
+    return storage.decode(stored, jnp.promote_types(stored.dtype, jnp.float32))

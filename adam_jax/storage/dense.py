@@ -1,0 +1,41 @@
+"""Moments kept element by element in a floating-point dtype."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adam_jax.storage.noise import random_bits
+
+
+def default(leaf_dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """The parameter's dtype, as in Optax; float32 where squares of gradients would underflow."""
+    narrow = jnp.finfo(leaf_dtype).minexp > jnp.finfo(jnp.bfloat16).minexp
+    return jnp.float32 if narrow else leaf_dtype
+
+
+def decode(stored: chex.Array, dtype: jax.typing.DTypeLike) -> chex.Array:
+    """The moment in the dtype of the arithmetic."""
+    if jnp.iscomplexobj(stored) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        stored = stored.real  # nu of a complex leaf is real, but Optax stores it as complex
+    return stored.astype(dtype)
+
+
+def encode(x: chex.Array, stored: chex.Array, key: chex.Array | None) -> chex.Array:
+    """x in the dtype of `stored`: rounded stochastically to bfloat16, where there is a key.
+
+    To the nearest, an average would stop moving once (1 - b)·change is below half an ulp: at
+    b2 = 0.999 and above bfloat16's nu would never decay.
+    """
+    if stored.dtype == jnp.bfloat16 and key is not None and x.dtype != jnp.bfloat16:
+        return stochastic_bfloat16(x.astype(jnp.float32), random_bits(key, x.shape))
+    return x.astype(stored.dtype)
+
+
+def stochastic_bfloat16(x: chex.Array, bits: chex.Array) -> chex.Array:
+    """float32 → bfloat16, up with the probability that makes it right on average."""
+    pattern = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    rounded = (pattern + (bits & 0xFFFF)) & jnp.uint32(0xFFFF0000)
+    kept = jax.lax.bitcast_convert_type(rounded, jnp.float32)
+    return jnp.where(jnp.isfinite(x), kept, x).astype(jnp.bfloat16)  # exact but for Inf and NaN

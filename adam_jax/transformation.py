@@ -1,0 +1,92 @@
+"""Optax transformations that can be looked into: `chain`, and what constructors return."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec
+
+import optax
+
+from adam_jax import checks
+
+P = ParamSpec("P")
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that remembers what it was made of, for `repr` and for wrappers."""
+
+    source: Any = None
+    text: str = ""
+
+    def made_of(self, source: Any, text: str = "") -> Transformation:
+        """Notes the source: the engine's chain of links, or the tuple of transformations chained."""
+        self.source, self.text = source, text
+        return self
+
+    def named(self, name: str, arguments: Mapping[str, Any]) -> Transformation:
+        """The same under the name, in errors and `repr`, of the function that the user called."""
+        text = f"{name}({', '.join(f'{k}={_argument(v)}' for k, v in arguments.items())})"
+        source = dataclasses.replace(self.source, name=name)
+        return source.transformation().made_of(source, text)
+
+    def __repr__(self) -> str:
+        return self.text or super().__repr__()
+
+
+def chain(*transformations: optax.GradientTransformation) -> Transformation:
+    """`optax.chain` that keeps its parts visible.
+
+    Args:
+      *transformations: Optax transformations, ours or others, in the order in which they act.
+
+    Returns:
+      a transformation with the same state and updates as `optax.chain(*transformations)`.
+
+    >>> import optax, adam_jax
+    >>> adam_jax.chain(optax.clip_by_global_norm(1.0), adam_jax.adam(1e-3))
+    chain(clip_by_global_norm, adam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0))
+    """
+    chained = optax.chain(*transformations)
+    text = f"chain({', '.join(_text(tx) for tx in transformations)})"
+    return Transformation(chained.init, optax.with_extra_args_support(chained).update).made_of(
+        transformations, text
+    )
+
+
+def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation]:
+    """Gives a constructor what all have in common: checked arguments, its name in errors, a repr.
+
+    Every number among the arguments is checked by its name before anything is built, so that the
+    error carries the name of the function that the user called.
+    """
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    @checks.naming(make.__name__)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Transformation:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if checks.allowed(name) and value is not None:
+                checks.hyperparam(name, value)
+        told = {
+            k: v
+            for k, v in bound.arguments.items()
+            if isinstance(v, float) or v is not signature.parameters[k].default
+        }
+        return make(*args, **kwargs).named(make.__name__, told)
+
+    return checked
+
+
+def _argument(value: Any) -> str:
+    return getattr(value, "__name__", "schedule") if callable(value) else str(value)
+
+
+def _text(tx: optax.GradientTransformation) -> str:
+    if isinstance(tx, Transformation):
+        return repr(tx)
+    return tx.update.__qualname__.split(".")[0]  # the function that made it, as Optax names them
