@@ -1,4 +1,4 @@
-"""The Adam family for JAX: Optax gradient transformations, each written once, as its paper has it."""
+"""The Adam family for JAX: Optax transformations, each written once, as its paper has it."""
 
 from adam_jax import rules
 from adam_jax.arithmetic import abs_sq, debias, ema, sqrt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def arithmetic_dtype(*dtypes: jax.typing.DTypeLike) -> Any:
+    """float32, or wider where a dtype is: what is computed in, whatever is stored."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +27,7 @@ class Decay:
     It is a number in formulas: ``1 - b`` and ``b**t`` use the digits that it kept.
 
     >>> b = decay_rate(0.999999)
-    >>> float(1 - b)  # 1 - float32(0.999999) would be 1.0132789e-06
+    >>> round(float(1 - b), 12)  # 1 - float32(0.999999) is 1.0132789e-06
     1e-06
     """
 
@@ -75,7 +82,7 @@ def decay_rate(b: Any) -> Decay:
     if not jnp.issubdtype(b.dtype, jnp.floating):
         b = b.astype(jnp.float32)
     b = jnp.minimum(b, jnp.asarray(1 - jnp.finfo(b.dtype).epsneg, b.dtype))
-    b = b.astype(jnp.promote_types(b.dtype, jnp.float32))
+    b = b.astype(arithmetic_dtype(b.dtype))
     return Decay(b, jnp.log(b), 1 - b)
 
 
@@ -97,7 +104,7 @@ def abs_sq(x: chex.Array) -> chex.Array:
 
 @jax.custom_jvp
 def sqrt(x: chex.Array) -> chex.Array:
-    """√x whose derivative at 0 is 0 instead of ∞, so that gradients through an update stay finite."""
+    """√x whose derivative at 0 is 0, not ∞, so that gradients through an update stay finite."""
     return jnp.sqrt(x)
 
 
@@ -108,7 +115,7 @@ def _sqrt_jvp(primals: tuple[chex.Array], tangents: tuple[chex.Array]) -> tuple[
 
 
 def averaging_length(b: Decay | chex.Numeric, t: chex.Numeric) -> tuple[chex.Array, chex.Array]:
-    """RAdam's ρ_t and ρ_∞: how many values the average of `ema` is worth after t steps, and finally.
+    """RAdam's ρ_t and ρ_∞: how many values an `ema` averages after t steps, and finally.
 
     ρ_∞ = 2/(1-b) - 1 and ρ_t = ρ_∞ - 2t·b^t/(1-b^t) cancel to nothing as b approaches 1. With
     y = -t·log(b)/2 and L(y) = coth(y) - 1/y the same ρ_t is t·(1 - L(y)) + L(y/t), which does not.

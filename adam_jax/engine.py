@@ -1,7 +1,7 @@
 """Lifts a rule to a pytree: the only loop over leaves, the only place that knows dtypes.
 
-A `Link` is a rule with its hyperparameters. A `Chain` of links is executed leaf by leaf in one pass:
-the gradient goes in, every link transforms it in turn, in float32 whatever the parameter's dtype,
+A `Link` is a rule with its hyperparameters. A `Chain` of links is executed leaf by leaf in one
+pass: the gradient goes in, every link transforms it in turn, in float32 whatever the parameter's dtype,
 and the update comes out in the gradient's dtype. The state is laid out as Optax lays it out.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from adam_jax import checks, hyperparams, storage
+from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.declare import Rule
 from adam_jax.implementations import IMPLEMENTATIONS
 from adam_jax.paths import path_string
@@ -53,7 +54,7 @@ def link(
 ) -> Link:
     """A link, once all that was given for it has been checked.
 
-    `state` is the NamedTuple of the link's state: its fields are the rule's moments, and step counts.
+    `state` is the NamedTuple of its state, whose fields are the rule's moments and step counts.
     """
     starts = {m.start: 0.0 for m in rule.moments.values() if isinstance(m.start, str)}
     known = {**rule.hyperparams, **starts, **rule.options}
@@ -107,7 +108,7 @@ class Chain:
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        """One step: what to add to the parameters, and the new state. Extra arguments are ignored."""
+        """One step: what to add to the parameters, and the new state; extra arguments are ignored."""
         del extra
         checks.states(state, [each.state for each in self.links], self.bare)
         states = (state,) if self.bare else state
@@ -258,7 +259,7 @@ def leaf(
     key: chex.Array | None,
 ) -> tuple[chex.Array, list[tuple[Any, ...]]]:
     """The step of one leaf: decode the moments, apply the rules, encode the moments."""
-    dtype = _arithmetic_dtype(g, p, stored)
+    dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves((g, p, stored))))
     real = jnp.finfo(dtype).dtype
     operands = hyperparams.unpack(scalars.astype(real), layout)
     u = gradient = g.astype(dtype)
@@ -293,13 +294,6 @@ def _apply(rule: Rule, u: chex.Array, moments: Sequence[chex.Array], **keywords:
         direction = direction * rule.factor(*(jnp.mean(x) for x in averaged))
     checks.outputs(rule, u, moments, direction, new)
     return direction, *new
-
-
-def _arithmetic_dtype(*operands: Any) -> Any:
-    """float32, or wider where an operand is."""
-    dtypes = [x.dtype for x in jax.tree.leaves(operands)]
-    with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def _promotion(dtype: Any) -> contextlib.AbstractContextManager[Any]:

@@ -34,7 +34,7 @@ def has_schedule(hyperparams: Mapping[str, Any]) -> bool:
 
 
 def pack(operands: Any) -> tuple[chex.Array, Any]:
-    """All scalars of a step in one vector, with their layout: one operand for each leaf, not ten."""
+    """All scalars of a step in one vector, with their layout: one operand per leaf, not ten."""
     scalars, layout = jax.tree.flatten(operands)
     dtype = jnp.result_type(float)
     return jnp.stack([jnp.asarray(x, dtype) for x in (*scalars, 0)]), layout

@@ -44,8 +44,8 @@ def scale_by_rule(
         to these, or a function (path, leaf) of these. By default a moment has its parameter's
         dtype (float32 for float16 parameters); bfloat16 is rounded stochastically.
       implementation: how a leaf's step is executed: "auto" or "xla".
-      **hyperparams: the rule's, each a number, a scalar array or a schedule of the step count; those
-        with a default may be left out.
+      **hyperparams: the rule's, each a number, a scalar array or a schedule of the step count;
+        those with a default may be left out.
 
     Returns:
       an Optax transformation whose updates are the direction, in the gradients' dtype.

@@ -25,7 +25,7 @@ def matching(*patterns: str) -> Callable[[Any], Any]:
       *patterns: regular expressions, searched in paths such as "layers/0/kernel".
 
     Returns:
-      a function from a tree to a tree of bools, for `weight_decay_mask=`, `optax.masked` and others.
+      a function from a tree to a tree of bools, for `weight_decay_mask=` and `optax.masked`.
 
     Raises:
       ValueError: a pattern is not a valid regular expression.

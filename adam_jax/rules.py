@@ -58,7 +58,7 @@ def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root):
 
 @rule(mu=signed, nu=positive)
 def nadam_scheduled(g, mu, nu, *, t, b1, b2, eps, eps_root, momentum_decay):
-    """Dozat (2016), Algorithm 2, with its warming momentum μ_t = b1·(1 - ½·0.96^(t·momentum_decay)).
+    """Dozat (2016), Algorithm 2, whose momentum warms up: b1·(1 - ½·0.96^(t·momentum_decay)).
 
     PyTorch takes 0.004 for momentum_decay, Keras 1.0. Optax has no schedule: see `nadam`.
     """
@@ -103,7 +103,7 @@ def amsgrad_raw(
 
 @rule(mu=signed, nu=positive)
 def adamax(g, mu, nu, *, t, b1, b2, eps):
-    """Kingma & Ba (2015), Algorithm 2; ε joins |g|, as in PyTorch and Optax (the paper has none)."""
+    """Kingma & Ba (2015), Algorithm 2; ε joins |g| as in PyTorch and Optax (none in the paper)."""
     mu = ema(b1, mu, g)
     nu = jnp.maximum(b2 * nu, jnp.abs(g) + eps)
     return debias(mu, b1, t) / nu, mu, nu
@@ -167,9 +167,9 @@ def descend(u, *, learning_rate):
 
 @rule()
 def decay_decoupled(u, *, p, weight_decay):
-    """Loshchilov & Hutter (2019), as in PyTorch and Optax: λ·p joins the direction, so that ηλ acts.
+    """Loshchilov & Hutter (2019), as in PyTorch and Optax: λ·p joins the direction; ηλ acts.
 
-    In front of a direction the same line is L2 regularisation, as torch.optim.Adam's weight_decay.
+    In front of a direction the same line is L2 regularisation, as in torch.optim.Adam.
     """
     return u + weight_decay * p
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import optax
 
 # not exported by Optax 0.2.8
@@ -20,6 +19,7 @@ from optax._src.transform import (
 from optax.transforms._adding import WeightDecaySchedule  # noqa: F401
 
 from adam_jax import storage
+from adam_jax.arithmetic import arithmetic_dtype
 
 OPTAX_STATES: dict[type[Any], tuple[str, ...]] = {
     optax.ScaleByAdamState: ("mu", "nu"),
@@ -85,7 +85,7 @@ def moments(state: chex.ArrayTree) -> dict[str, Any]:
       and shapes, in float32 (float64 and complex leaves keep their dtype).
 
     Raises:
-      ValueError: the state holds no moments, or those of several optimizers (their paths are shown).
+      ValueError: the state holds no moments, or those of several optimizers (at the paths shown).
 
     >>> import adam_jax, jax.numpy as jnp
     >>> tx = adam_jax.adamw(1e-3)
@@ -113,7 +113,7 @@ def step_count(state: chex.ArrayTree) -> chex.Array:
       state: a state with a step count anywhere inside; also `nnx.Optimizer.opt_state`.
 
     Returns:
-      an int32 scalar: the count beside the moments, or of the first schedule where no moments count.
+      an int32 scalar: the count beside the moments, or a schedule's where the moments have none.
 
     Raises:
       ValueError: nothing in the state counts steps.
@@ -135,7 +135,7 @@ def step_count(state: chex.ArrayTree) -> chex.Array:
 
 
 def _states(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """The NamedTuples inside a state, outermost first, with their paths; not those inside moments."""
+    """The NamedTuples in a state with their paths, outermost first; none from inside moments."""
     found = []
 
     def visit(path: tuple[Any, ...], node: Any) -> bool:
@@ -148,4 +148,4 @@ def _states(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
 
 
 def _read(stored: Any) -> chex.Array:
-    return storage.decode(stored, jnp.promote_types(stored.dtype, jnp.float32))
+    return storage.decode(stored, arithmetic_dtype(stored.dtype))

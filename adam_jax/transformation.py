@@ -22,7 +22,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
     text: str = ""
 
     def made_of(self, source: Any, text: str = "") -> Transformation:
-        """Notes the source: the engine's chain of links, or the tuple of transformations chained."""
+        """Notes the source: the engine's chain of links, or the transformations chained."""
         self.source, self.text = source, text
         return self
 

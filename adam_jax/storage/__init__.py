@@ -21,7 +21,7 @@ FORMATS = ("float32", "bfloat16")
 """The formats with a name. Any floating-point dtype works too."""
 
 Storage = Any
-"""A format's name, a dtype, {moment: either}, or a function (path, leaf) of these; None: default."""
+"""A format's name, a dtype, {moment: either}, a function (path, leaf) of these; None: default."""
 
 decode = dense.decode
 encode = dense.encode

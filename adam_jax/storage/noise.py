@@ -1,4 +1,4 @@
-"""Random bits as a pure function of what they are for: no key to carry, the same in every layout."""
+"""Random bits as a function of what they are for: no key to carry, the same in every layout."""
 
 from __future__ import annotations
 

@@ -1,0 +1,24 @@
+"""Every test runs with strict dtype promotion, no rank promotion, and warnings as errors.
+
+Parts of Optax (MultiSteps, schedules, apply_updates on mixed dtypes) break under strict promotion:
+tests that go through them are marked `standard_promotion`.
+"""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "standard_promotion: goes through parts of Optax")
+
+
+@pytest.fixture(autouse=True)
+def strict(request: pytest.FixtureRequest):
+    marked = request.node.get_closest_marker("standard_promotion")
+    with (
+        jax.numpy_dtype_promotion("standard" if marked else "strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        yield

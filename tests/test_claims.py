@@ -1,0 +1,146 @@
+"""What the papers say about these methods, as facts that can be run (shared evidence, section 6)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adam_jax
+
+
+def trajectory(tx, gradients):
+    """The updates of a transformation over given gradients."""
+    gradients = jnp.asarray(gradients, jnp.float32)
+    return np.asarray(
+        jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(gradients[0]), gradients)[1]
+    )
+
+
+def gradients(steps=50, seed=0):
+    return np.random.default_rng(seed).normal(size=(steps, 6)).astype(np.float32)
+
+
+def test_without_b1_adam_is_corrected_rmsprop():
+    rms = adam_jax.scale_by_rms(decay=0.99, eps_in_sqrt=False, bias_correction=True)
+    adam = adam_jax.scale_by_adam(b1=0.0, b2=0.99)
+    np.testing.assert_allclose(
+        trajectory(adam, gradients()), trajectory(rms, gradients()), rtol=1e-6
+    )
+
+
+def test_without_memory_adam_is_sign_descent():
+    adam = adam_jax.scale_by_adam(b1=0.0, b2=0.0, eps=0.0)
+    np.testing.assert_allclose(trajectory(adam, gradients()), np.sign(gradients()), rtol=1e-6)
+
+
+def test_with_a_large_eps_adam_is_momentum():
+    eps, b1 = 1e6, 0.9
+    g = gradients()
+    mu, expected = np.zeros(6), []
+    for t, x in enumerate(g, start=1):
+        mu = b1 * mu + (1 - b1) * x
+        expected.append(mu / (1 - b1**t))
+    got = trajectory(adam_jax.scale_by_adam(b1=b1, eps=eps), g) * eps
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [-30, -3, 12])
+def test_scaling_gradients_by_a_power_of_two_changes_no_bit(power):
+    tx = adam_jax.scale_by_adam(eps=0.0)
+    np.testing.assert_array_equal(
+        trajectory(tx, gradients() * np.float32(2.0**power)), trajectory(tx, gradients())
+    )
+
+
+def test_the_first_step_without_bias_correction_is_too_large():
+    # corrections in place, the first step is 1; `rms` without them shows the excess
+    for decay, excess in [(0.99, 10.0), (0.999, 31.6), (0.9999, 100.0)]:
+        plain = adam_jax.scale_by_rms(decay=decay, eps=0.0)
+        fair = adam_jax.scale_by_rms(decay=decay, eps=0.0, bias_correction=True)
+        g = np.ones((1, 1), np.float32)
+        np.testing.assert_allclose(trajectory(plain, g), excess, rtol=1e-3)
+        np.testing.assert_allclose(trajectory(fair, g), 1.0, rtol=1e-6)
+
+
+def test_the_largest_possible_step():
+    """|u| ≤ (1-b1)/√((1-b2)(1-b1²/b2)) = 7.27, reached by g_t = (b2/b1)^t; 1 when b1 = b2."""
+    b1, b2 = 0.9, 0.999
+    bound = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
+    growing = (b2 / b1) ** np.arange(-300.0, 0.0)
+    g = np.concatenate([np.zeros(10_000), growing])[:, None]  # late, where no correction is left
+    largest = np.nanmax(np.abs(trajectory(adam_jax.scale_by_adam(b1, b2, eps=0.0), g)))
+    assert bound == pytest.approx(7.27, abs=0.01)
+    assert largest == pytest.approx(bound, rel=1e-3)
+    random = np.random.default_rng(0).standard_cauchy(size=(2000, 50))
+    equal = trajectory(adam_jax.scale_by_adam(0.95, 0.95, eps=0.0), random)
+    assert np.abs(equal).max() <= 1 + 1e-5
+
+
+def final_point(tx, gradient, steps):
+    """Projected descent on [-1, 1] from 1 (Reddi et al., 2018)."""
+
+    def step(carry, t):
+        x, state = carry
+        updates, state = tx.update(gradient(t), state, x)
+        return (jnp.clip(x + updates, -1, 1), state), None
+
+    x = jnp.zeros(())
+    return float(jax.lax.scan(step, (x, tx.init(x)), jnp.arange(1, steps + 1))[0][0])
+
+
+@pytest.mark.parametrize("c", [3.0, 4.0, 10.0])
+def test_reddi_theorem_1(c):
+    """Adam walks to the worst point of a convex problem, AMSGrad to the best."""
+
+    def gradient(t):
+        return jnp.where(t % 3 == 1, jnp.float32(c), jnp.float32(-1))
+
+    def rate(count):
+        return 1 / jnp.sqrt(count.astype(jnp.float32) + 1)
+
+    given = {"b1": 0.0, "b2": 1 / (1 + c**2), "eps": 0.0}
+    raw = {"bias_correction_mu": False, "bias_correction_nu": False, "max_of": "raw"}
+    adam = optax.chain(
+        adam_jax.scale_by_rms(given["b2"], eps=0.0), optax.scale_by_learning_rate(rate)
+    )
+    assert final_point(adam, gradient, 3000) == pytest.approx(1.0, abs=0.1)
+    assert final_point(adam_jax.amsgrad(rate, **given, **raw), gradient, 30000) < -0.9
+
+
+def test_weight_decay_forms():
+    """L2 enters the moments; decoupled is scaled by η; independent is not; cautious only shrinks."""
+    p, g = jnp.array([2.0, -2.0]), jnp.array([0.5, 0.5])
+
+    def step(form, learning_rate):
+        tx = adam_jax.adamw(learning_rate, weight_decay=0.1, weight_decay_form=form)
+        return np.asarray(tx.update(g, tx.init(p), p)[0])
+
+    for rate in (0.1, 0.01):
+        np.testing.assert_allclose(step("decoupled", rate), -rate * (1 + 0.1 * p), rtol=1e-5)
+        np.testing.assert_allclose(step("independent", rate), -rate - 0.1 * p, rtol=1e-5)
+        np.testing.assert_allclose(step("cautious", rate), [-rate * 1.2, -rate], rtol=1e-5)
+        np.testing.assert_allclose(step("l2", rate), -rate * jnp.sign(g + 0.1 * p), rtol=1e-5)
+
+
+def test_the_constraint_of_adamw():
+    """Xie & Li (2024): AdamW ends inside ‖x‖∞ ≤ 1/λ; Adam with L2 ends between x* and 0."""
+    target = jnp.array([5.0, 1.0, -3.0])
+    steps = 20_000
+    rate = optax.cosine_decay_schedule(0.1, steps)
+
+    def end(form):
+        tx = adam_jax.adamw(rate, weight_decay=0.5, weight_decay_form=form)
+
+        def step(carry, _):
+            x, state = carry
+            updates, state = tx.update(4 * (x - target), state, x)
+            return (x + updates, state), None
+
+        return jax.lax.scan(step, (jnp.zeros(3), tx.init(jnp.zeros(3))), length=steps)[0][0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_allclose(end("decoupled"), [2.0, 1.0, -2.0], atol=2e-3)
+        np.testing.assert_allclose(end("l2"), [4.444, 0.889, -2.667], atol=2e-3)
