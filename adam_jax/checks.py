@@ -54,7 +54,7 @@ UNIT = Range("in [0, 1)", 0.0, 1.0)
 FROM_ZERO = Range(">= 0", 0.0)
 FROM_FOUR = Range(">= 4", 4.0)  # RAdam's rectification has no real value below
 
-DECAY_RATE = re.compile(r"b\d*|decay|momentum")
+DECAY_RATE = re.compile(r"b\d+|decay|momentum")
 
 
 def is_decay_rate(name: str) -> bool:
@@ -233,3 +233,18 @@ def only_eps(eps_root: Any, nesterov: bool) -> None:
             f"{who()}: eps_hat=True has neither eps_root nor nesterov, "
             f"got eps_root={eps_root}, nesterov={nesterov}"
         )
+
+
+def finished(wrapper: str, tx: Any) -> None:
+    raise ValueError(
+        f"{wrapper}: {tx!r} is a finished optimizer, whose updates point down, so that comparing "
+        f"them with the gradient would freeze training; wrap the direction instead: "
+        f"optax.chain({wrapper}(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))"
+        + (", or give the constructor cautious=True" if wrapper == "cautious" else "")
+    )
+
+
+def not_one(caller: str, what: str, found: int) -> None:
+    raise ValueError(
+        f"{caller}: the state holds {found} {what}; pass the state of one optimizer that has it"
+    )

@@ -1,7 +1,7 @@
 """Lifts a rule to a pytree: the only loop over leaves, the only place that knows dtypes.
 
 A `Link` is a rule with its hyperparameters. A `Chain` of links is executed leaf by leaf in one
-pass: the gradient goes in, every link transforms it in turn, in float32 whatever the parameter's dtype,
+pass: the gradient goes in, every link transforms it in turn, in float32 whatever the leaf's dtype,
 and the update comes out in the gradient's dtype. The state is laid out as Optax lays it out.
 """
 
@@ -106,9 +106,14 @@ class Chain:
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
+        *,
+        beside: optax.Updates | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        """One step: what to add to the parameters, and the new state; extra arguments are ignored."""
+        """One step: what to add to the parameters, and the new state. Ignores extra arguments.
+
+        `beside` holds the gradients, where `updates` are another transformation's direction.
+        """
         del extra
         checks.states(state, [each.state for each in self.links], self.bare)
         states = (state,) if self.bare else state
@@ -126,6 +131,7 @@ class Chain:
             for each, s in self._with(inner)
         ]
         parameters = [None] * len(gradients) if params is None else leaves("parameters", params)
+        beside = [None] * len(gradients) if beside is None else leaves("gradients", beside)
         masks = [_flags(each.mask, updates) for each in self.links]
         steps = [_step(each, s) for each, s in self._with(inner)]
         scalars, layout = hyperparams.pack([(step.t, step.operands) for step in steps])
@@ -138,7 +144,7 @@ class Chain:
             )
             stored = [tuple(column[i] for column in columns) for columns in moments]
             direction, written = self._step_leaf(
-                path, gradient, parameters[i], stored, scalars, stages, layout
+                path, gradient, beside[i], parameters[i], stored, scalars, stages, layout
             )
             directions.append(direction)
             for columns, new in zip(moments, written, strict=True):
@@ -162,6 +168,7 @@ class Chain:
         self,
         path: tuple[Any, ...],
         gradient: Any,
+        beside: Any,
         parameter: Any,
         stored: Sequence[tuple[Any, ...]],
         scalars: chex.Array,
@@ -184,6 +191,7 @@ class Chain:
             return gradient, stored
         return run_leaf(
             gradient,
+            beside,
             parameter if wants_parameter else None,
             stored,
             scalars,
@@ -244,26 +252,28 @@ def _is_none(x: Any) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames=("stages", "layout", "run"))
-def run_leaf(g, p, stored, scalars, key, *, stages, layout, run):
+def run_leaf(u, g, p, stored, scalars, key, *, stages, layout, run):
     """`leaf`, compiled; one trace for each shape and dtype, whatever the path and the values."""
-    return run(functools.partial(leaf, stages, layout), g, p, stored, scalars, key)
+    return run(functools.partial(leaf, stages, layout), u, g, p, stored, scalars, key)
 
 
 def leaf(
     stages: Stages,
     layout: Any,
-    g: chex.Array,
+    u: chex.Array,
+    g: chex.Array | None,
     p: chex.Array | None,
     stored: Sequence[tuple[Any, ...]],
     scalars: chex.Array,
     key: chex.Array | None,
 ) -> tuple[chex.Array, list[tuple[Any, ...]]]:
     """The step of one leaf: decode the moments, apply the rules, encode the moments."""
-    dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves((g, p, stored))))
+    dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves((u, g, p, stored))))
     real = jnp.finfo(dtype).dtype
     operands = hyperparams.unpack(scalars.astype(real), layout)
-    u = gradient = g.astype(dtype)
-    parameter = None if p is None else p.astype(dtype)
+    emitted, u = u.dtype, u.astype(dtype)
+    g = u if g is None else g.astype(dtype)
+    p = None if p is None else p.astype(dtype)
     written = []
     with _promotion(dtype):
         for stage, moments, (t, hyper) in zip(stages, stored, operands, strict=True):
@@ -271,7 +281,7 @@ def leaf(
                 written.append(moments)
                 continue
             rule, options = stage
-            given = {"t": t, "g": gradient, "p": parameter}
+            given = {"t": t, "g": g, "p": p}
             inputs = {name: given[name] for name in rule.inputs}
             decoded = [
                 storage.decode(x, dtype if moment.signed else real)
@@ -282,7 +292,7 @@ def leaf(
                 None if key is None or t is None else fold(key, name, t) for name in rule.moments
             ]
             written.append(tuple(map(storage.encode, new, moments, keys)))
-    return u.astype(g.dtype), written
+    return u.astype(emitted), written
 
 
 def _apply(rule: Rule, u: chex.Array, moments: Sequence[chex.Array], **keywords: Any) -> Any:

@@ -6,61 +6,53 @@ What is ours comes after, by keyword, and is the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import chex
-import jax
 import optax
 
 from adam_jax import checks, rules
 from adam_jax.declare import Rule
+from adam_jax.directions import (
+    DType,
+    ScalarOrSchedule,
+    momentum_link,
+    scale_by_adam,
+    scale_by_adam_atan2,
+    scale_by_adamax,
+    scale_by_adan,
+    scale_by_ademamix,
+    scale_by_adopt,
+    scale_by_amsgrad,
+    scale_by_belief,
+    scale_by_laprop,
+    scale_by_lion,
+    scale_by_nadam,
+    scale_by_radam,
+    scale_by_rms,
+    scale_by_rule,
+    scale_by_simplified_ademamix,
+    scale_by_stable_adamw,
+    scale_by_stddev,
+    scale_by_yogi,
+)
 from adam_jax.engine import Link, lift, link
-from adam_jax.states import RmsCounted, RStdDevCounted, WeightDecaySchedule
+from adam_jax.schedules import ademamix_warmup
+from adam_jax.states import WeightDecaySchedule
 from adam_jax.storage import Storage, with_dtype
 from adam_jax.transformation import Transformation, constructor
 
-ScalarOrSchedule: TypeAlias = optax.ScalarOrSchedule
-DType: TypeAlias = jax.typing.DTypeLike | None
 Mask: TypeAlias = Any | Callable[[optax.Params], Any] | None
-Form: TypeAlias = Literal["decoupled", "independent", "cautious", "l2"]
+Form: TypeAlias = Literal["decoupled", "independent", "cautious", "proximal", "l2"]
 
 _DECAYS: dict[str, Rule] = {
     "decoupled": rules.decay_decoupled,
     "independent": rules.decay_independent,
     "cautious": rules.decay_cautious,
+    "proximal": rules.decay_proximal,
     "l2": rules.decay_decoupled,
 }
-
-
-def scale_by_rule(
-    rule: Rule, *, storage: Storage = None, implementation: str = "auto", **hyperparams: Any
-) -> Transformation:
-    """The direction of a rule, lifted to pytrees: no weight decay, no learning rate.
-
-    Args:
-      rule: a declared variant; see `rule`.
-      storage: what the moments are kept in: "float32", "bfloat16", a dtype, a mapping from moments
-        to these, or a function (path, leaf) of these. By default a moment has its parameter's
-        dtype (float32 for float16 parameters); bfloat16 is rounded stochastically.
-      implementation: how a leaf's step is executed: "auto" or "xla".
-      **hyperparams: the rule's, each a number, a scalar array or a schedule of the step count;
-        those with a default may be left out.
-
-    Returns:
-      an Optax transformation whose updates are the direction, in the gradients' dtype.
-
-    Raises:
-      TypeError: a hyperparameter is unknown or missing.
-      ValueError: a value is out of range, or storage or implementation is not one of those above.
-
-    >>> import adam_jax
-    >>> tx = scale_by_rule(adam_jax.rules.adam, b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0)
-    """
-    with checks.naming(rule.name):
-        return lift(
-            [link(rule, hyperparams, formats=storage)], implementation, rule.name, bare=True
-        )
 
 
 def from_rule(
@@ -86,7 +78,7 @@ def from_rule(
     >>> @adam_jax.rule(mu=adam_jax.signed)
     ... def sign_momentum(g, mu, *, b1=0.9):
     ...     mu = adam_jax.ema(b1, mu, g)
-    ...     return jax.numpy.sign(mu), mu
+    ...     return mu / abs(mu), mu
     >>> from_rule(sign_momentum, 1e-3, b1=0.95)
     sign_momentum(learning_rate=0.001, b1=0.95)
     """
@@ -95,33 +87,6 @@ def from_rule(
     with checks.naming(rule.name):
         tx = _optimizer(direction, learning_rate, decay, cautious, implementation)
     return tx.named(rule.name, {"learning_rate": learning_rate, **hyperparams})
-
-
-@constructor
-def scale_by_adam(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
-    mu_dtype: DType = None,
-    *,
-    nesterov: bool = False,
-    eps_hat: bool = False,
-    storage: Storage = None,
-    implementation: str = "auto",
-) -> Transformation:
-    """The direction of `adam`: m̂ / (√(v̂ + eps_root) + eps).
-
-    >>> scale_by_adam(b2=0.99)
-    scale_by_adam(b1=0.9, b2=0.99, eps=1e-08, eps_root=0.0)
-    """
-    storage = with_dtype(storage, "mu", "mu_dtype", mu_dtype)
-    given = {"b1": b1, "b2": b2, "eps": eps}
-    if eps_hat:
-        checks.only_eps(eps_root, nesterov)
-        return _direction(rules.adam_eps_hat, given, storage, implementation)
-    rule = rules.nadam if nesterov else rules.adam
-    return _direction(rule, {**given, "eps_root": eps_root}, storage, implementation)
 
 
 @constructor
@@ -220,31 +185,6 @@ weight_decay_form=cautious)
 
 
 @constructor
-def scale_by_nadam(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
-    mu_dtype: DType = None,
-    *,
-    momentum_decay: chex.Numeric | None = None,
-    storage: Storage = None,
-    implementation: str = "auto",
-) -> Transformation:
-    """The direction of `nadam`.
-
-    >>> scale_by_nadam(momentum_decay=0.004)
-    scale_by_nadam(b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, momentum_decay=0.004)
-    """
-    storage = with_dtype(storage, "mu", "mu_dtype", mu_dtype)
-    given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    if momentum_decay is None:
-        return _direction(rules.nadam, given, storage, implementation)
-    given["momentum_decay"] = momentum_decay
-    return _direction(rules.nadam_scheduled, given, storage, implementation)
-
-
-@constructor
 def nadam(
     learning_rate: ScalarOrSchedule,
     b1: chex.Numeric = 0.9,
@@ -279,7 +219,7 @@ def nadam(
         b1·(1 - ½·0.96^(t·d)), which is 0.004 in PyTorch and 1.0 in Keras.
 
     >>> nadam(1e-3, momentum_decay=0.004)  # torch.optim.NAdam
-    nadam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, nesterov=True, \
+    nadam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, \
 momentum_decay=0.004)
     """
     direction = (
@@ -343,32 +283,6 @@ def nadamw(
 
 
 @constructor
-def scale_by_amsgrad(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
-    mu_dtype: DType = None,
-    bias_correction_mu: bool = True,
-    bias_correction_nu: bool = True,
-    *,
-    max_of: Literal["corrected", "raw"] = "corrected",
-    storage: Storage = None,
-    implementation: str = "auto",
-) -> Transformation:
-    """The direction of `amsgrad`.
-
-    >>> tx = scale_by_amsgrad(max_of="raw")
-    """
-    checks.choice("max_of", max_of, ("corrected", "raw"))
-    storage = with_dtype(storage, "mu", "mu_dtype", mu_dtype)
-    given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    given |= {"bias_correction_mu": bias_correction_mu, "bias_correction_nu": bias_correction_nu}
-    rule = rules.amsgrad if max_of == "corrected" else rules.amsgrad_raw
-    return _direction(rule, given, storage, implementation)
-
-
-@constructor
 def amsgrad(
     learning_rate: ScalarOrSchedule,
     b1: chex.Numeric = 0.9,
@@ -418,22 +332,6 @@ def amsgrad(
     )
     decay = (weight_decay, weight_decay_mask, weight_decay_form)
     return _optimizer(direction, learning_rate, decay, cautious, implementation)
-
-
-@constructor
-def scale_by_adamax(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    *,
-    storage: Storage = None,
-    implementation: str = "auto",
-) -> Transformation:
-    """The direction of `adamax`.
-
-    >>> tx = scale_by_adamax(b2=0.99)
-    """
-    return _direction(rules.adamax, {"b1": b1, "b2": b2, "eps": eps}, storage, implementation)
 
 
 @constructor
@@ -502,27 +400,6 @@ def adamaxw(
 
 
 @constructor
-def scale_by_radam(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
-    threshold: chex.Numeric = 5.0,
-    *,
-    nesterov: bool = False,
-    storage: Storage = None,
-    implementation: str = "auto",
-) -> Transformation:
-    """The direction of `radam`.
-
-    >>> tx = scale_by_radam(threshold=4.0)
-    """
-    given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    given |= {"threshold": threshold, "nesterov": nesterov}
-    return _direction(rules.radam, given, storage, implementation)
-
-
-@constructor
 def radam(
     learning_rate: ScalarOrSchedule,
     b1: chex.Numeric = 0.9,
@@ -558,48 +435,6 @@ def radam(
     direction = scale_by_radam(b1, b2, eps, eps_root, threshold, nesterov=nesterov, storage=storage)
     decay = (weight_decay, weight_decay_mask, weight_decay_form)
     return _optimizer(direction, learning_rate, decay, cautious, implementation)
-
-
-@constructor
-def scale_by_rms(
-    decay: chex.Numeric = 0.9,
-    eps: chex.Numeric = 1e-8,
-    initial_scale: chex.Numeric = 0.0,
-    eps_in_sqrt: bool = True,
-    bias_correction: bool = False,
-    *,
-    storage: Storage = None,
-    implementation: str = "auto",
-) -> Transformation:
-    """The direction of `rmsprop`: g / √(nu + eps).
-
-    >>> tx = scale_by_rms(decay=0.99, eps_in_sqrt=False)  # torch.optim.RMSprop
-    """
-    given = {"decay": decay, "eps": eps, "initial_scale": initial_scale}
-    given |= {"eps_in_sqrt": eps_in_sqrt, "bias_correction": bias_correction}
-    state = RmsCounted if bias_correction else optax.ScaleByRmsState
-    return _direction(rules.rms, given, storage, implementation, state)
-
-
-@constructor
-def scale_by_stddev(
-    decay: chex.Numeric = 0.9,
-    eps: chex.Numeric = 1e-8,
-    initial_scale: chex.Numeric = 0.0,
-    eps_in_sqrt: bool = True,
-    bias_correction: bool = False,
-    *,
-    storage: Storage = None,
-    implementation: str = "auto",
-) -> Transformation:
-    """The direction of `rmsprop` with centered=True: g / √(nu - mu² + eps).
-
-    >>> tx = scale_by_stddev(decay=0.99)
-    """
-    given = {"decay": decay, "eps": eps, "initial_scale": initial_scale}
-    given |= {"eps_in_sqrt": eps_in_sqrt, "bias_correction": bias_correction}
-    state = RStdDevCounted if bias_correction else optax.ScaleByRStdDevState
-    return _direction(rules.rms_centered, given, storage, implementation, state)
 
 
 @constructor
@@ -648,25 +483,8 @@ def rmsprop(
         decay,
         cautious,
         implementation,
-        [_momentum(momentum, nesterov, storage)],
+        [momentum_link(momentum, nesterov, storage)],
     )
-
-
-@constructor
-def trace(
-    decay: chex.Numeric,
-    nesterov: bool = False,
-    accumulator_dtype: DType = None,
-    *,
-    storage: Storage = None,
-    implementation: str = "auto",
-) -> Transformation:
-    """The direction of `sgd` with momentum: trace ← g + decay·trace.
-
-    >>> tx = trace(0.9, nesterov=True)
-    """
-    storage = with_dtype(storage, "trace", "accumulator_dtype", accumulator_dtype)
-    return lift([_momentum(decay, nesterov, storage)], implementation, "trace", bare=True)
 
 
 @constructor
@@ -697,7 +515,7 @@ def sgd(
     """
     direction = lift(
         [
-            _momentum(
+            momentum_link(
                 momentum,
                 nesterov,
                 with_dtype(storage, "trace", "accumulator_dtype", accumulator_dtype),
@@ -711,15 +529,438 @@ def sgd(
     return _optimizer(direction, learning_rate, decay, cautious, implementation)
 
 
-def _direction(
-    rule: Rule,
-    hyperparams: Mapping[str, Any],
-    storage: Storage,
-    implementation: str,
-    state: type[Any] | None = None,
+@constructor
+def adabelief(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    eps: chex.Numeric = 1e-16,
+    eps_root: chex.Numeric = 1e-16,
+    *,
+    nesterov: bool = False,
+    weight_decay: ScalarOrSchedule | None = None,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
 ) -> Transformation:
-    links = [link(rule, hyperparams, formats=storage, state=state)]
-    return lift(links, implementation, rule.name, bare=True)
+    """AdaBelief: steps are long where the gradient comes as its average predicted.
+
+    Source: Zhuang et al. (2020), AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed
+    Gradients, Algorithm 2.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the average gradient, in [0, 1).
+      b2: decay rate of the average squared surprise, in [0, 1).
+      eps: ≥ 0, added to the root.
+      eps_root: ≥ 0, added to the second moment at each step, as in the paper.
+      nesterov: look ahead as `nadam` does.
+
+    >>> tx = adabelief(1e-3)
+    """
+    direction = scale_by_belief(b1, b2, eps, eps_root, nesterov=nesterov, storage=storage)
+    decay = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def yogi(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    eps: chex.Numeric = 1e-3,
+    *,
+    weight_decay: ScalarOrSchedule | None = None,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Yogi: Adam whose second moment forgets no faster than it learns.
+
+    Source: Zaheer et al. (2018), Adaptive Methods for Nonconvex Optimization, Algorithm 2.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the average gradient, in [0, 1).
+      b2: decay rate of the average squared gradient, in [0, 1).
+      eps: ≥ 0, added to the root.
+
+    >>> tx = yogi(1e-2)
+    """
+    direction = scale_by_yogi(b1, b2, eps, storage=storage)
+    decay = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def adan(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.98,
+    b2: chex.Numeric = 0.92,
+    b3: chex.Numeric = 0.99,
+    eps: chex.Numeric = 1e-8,
+    eps_root: chex.Numeric = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    difference_weight: Literal["b2", "1-b2"] = "b2",
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Adan: Nesterov momentum estimated from differences of gradients.
+
+    Source: Xie et al. (2022), Adan: Adaptive Nesterov Momentum Algorithm, Algorithm 1. The
+    authors' weight decay is weight_decay_form="proximal"; Optax adds it ("decoupled").
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the average gradient, in [0, 1); the paper's 1 - β1.
+      b2: decay rate of the average difference of gradients, in [0, 1).
+      b3: decay rate of the average square, in [0, 1).
+      eps: ≥ 0, added to the root.
+      eps_root: ≥ 0, added under the root; 0 in the authors' code, 1e-8 in Optax.
+      weight_decay: λ ≥ 0, or a schedule.
+      mask: Optax's name for weight_decay_mask.
+      difference_weight: the weight of the difference in the step: b2 in the paper and in the
+        authors' code, 1 - b2 in Optax, whose adan is therefore another method.
+
+    >>> tx = adan(1e-3, weight_decay=0.02, weight_decay_form="proximal")  # the authors'
+    """
+    direction = scale_by_adan(
+        b1, b2, b3, eps, eps_root, difference_weight=difference_weight, storage=storage
+    )
+    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def laprop(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    eps: chex.Numeric = 1e-8,
+    mu_dtype: DType = None,
+    *,
+    weight_decay: ScalarOrSchedule | None = None,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """LaProp: the gradient is normalised first and averaged then.
+
+    Source: Ziyin, Wang & Ueda (2020), LaProp: Separating Momentum and Adaptivity in Adam.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the average gradient, in [0, 1).
+      b2: decay rate of the average squared gradient, in [0, 1).
+      eps: ≥ 0, added to the root.
+      mu_dtype: the dtype of mu; the same as storage={"mu": dtype}.
+
+    >>> tx = laprop(4e-4, weight_decay=0.1)
+    """
+    direction = scale_by_laprop(b1, b2, eps, mu_dtype, storage=storage)
+    decay = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def adopt(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.9999,
+    eps: chex.Numeric = 1e-6,
+    mu_dtype: DType = None,
+    *,
+    nesterov: bool = False,
+    use_clipping: bool = True,
+    clip_value_fn: Callable[[chex.Array], chex.Array] = rules.quartic_root,
+    weight_decay: ScalarOrSchedule | None = None,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """ADOPT: Adam that converges with any b2, as nu never contains the gradient that it divides.
+
+    The first step only sets nu. Source: Taniguchi et al. (2024), ADOPT: Modified Adam Can Converge
+    with Any β2 with the Optimal Rate, Algorithm 2.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the average gradient, in [0, 1).
+      b2: decay rate of the average squared gradient, in [0, 1).
+      eps: ≥ 0, the least root that is divided by.
+      mu_dtype: the dtype of mu; the same as storage={"mu": dtype}.
+      nesterov: average the normalised gradient into the momentum once more.
+      use_clipping: whether the normalised gradient is clipped to ±clip_value_fn(steps made).
+      clip_value_fn: the bound; steps**0.25 in the paper.
+
+    >>> tx = adopt(1e-3)
+    """
+    direction = scale_by_adopt(
+        b1,
+        b2,
+        eps,
+        mu_dtype,
+        nesterov=nesterov,
+        use_clipping=use_clipping,
+        clip_value_fn=clip_value_fn,
+        storage=storage,
+    )
+    decay = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def ademamix(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    b3: ScalarOrSchedule = 0.9999,
+    alpha: ScalarOrSchedule = 5.0,
+    eps: chex.Numeric = 1e-8,
+    eps_root: chex.Numeric = 0.0,
+    mu_dtype: DType = None,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    warmup_steps: int | None = None,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """AdEMAMix: a fast and a slow average of the gradient, together over Adam's root.
+
+    Source: Pagliardini, Ablin & Grangier (2024), The AdEMAMix Optimizer: Better, Faster, Older,
+    Algorithm 1.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the fast average gradient, in [0, 1).
+      b2: decay rate of the average squared gradient, in [0, 1).
+      eps: ≥ 0, added to the root.
+      b3: decay rate of the slow average gradient, in [0, 1), or a schedule.
+      alpha: ≥ 0, the weight of the slow average, or a schedule.
+      eps_root: ≥ 0, added under the root.
+      mu_dtype: the dtype of all three moments, as in Optax.
+      weight_decay: λ ≥ 0, or a schedule.
+      mask: Optax's name for weight_decay_mask.
+      warmup_steps: over how many steps alpha rises from 0 and b3 from b1, as in the paper (which
+        takes the length of the run); None for no warmup. See `schedules.ademamix_warmup`.
+
+    >>> tx = ademamix(1e-3, b3=0.9999, alpha=8.0, warmup_steps=100_000, weight_decay=0.1)
+    """
+    direction = scale_by_ademamix(
+        b1,
+        b2,
+        *ademamix_warmup(b1, b3, alpha, warmup_steps),
+        eps,
+        eps_root,
+        mu_dtype,
+        storage=storage,
+    )
+    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def simplified_ademamix(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.99,
+    b2: chex.Numeric = 0.95,
+    alpha: ScalarOrSchedule = 0.0,
+    eps: chex.Numeric = 1e-8,
+    eps_root: chex.Numeric = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Simplified AdEMAMix: a sum of old gradients plus alpha times the new one, over Adam's root.
+
+    The direction is up to 1/(1 - b1) times as long as Adam's: lower the learning rate accordingly.
+    Source: Morwani et al. (2025), Connections between Schedule-Free Optimizers, AdEMAMix, and
+    Accelerated SGD Variants, Algorithm 1.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the sum of gradients, in [0, 1).
+      b2: decay rate of the average squared gradient, in [0, 1).
+      eps: ≥ 0, added to the root.
+      alpha: ≥ 0, the weight of the current gradient, or a schedule.
+      eps_root: ≥ 0, added under the root.
+      weight_decay: λ ≥ 0, or a schedule.
+      mask: Optax's name for weight_decay_mask.
+
+    >>> tx = simplified_ademamix(1e-5, alpha=100.0)
+    """
+    direction = scale_by_simplified_ademamix(b1, b2, alpha, eps, eps_root, storage=storage)
+    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def adam_atan2(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    a: chex.Numeric = 1.27,
+    b: chex.Numeric = 1.0,
+    mu_dtype: DType = None,
+    *,
+    weight_decay: ScalarOrSchedule | None = None,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Adam-atan2: Adam's quotient inside an arc tangent, so that there is no epsilon to choose.
+
+    Real parameters only. Source: Everett et al. (2024), Scaling Exponents Across Parameterizations
+    and Optimizers, section 4.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the average gradient, in [0, 1).
+      b2: decay rate of the average squared gradient, in [0, 1).
+      a: ≥ 0, the length of the direction; 4/π = 1.27 makes atan2(1, 1) one.
+      b: ≥ 0, the scale of the denominator.
+      mu_dtype: the dtype of mu; the same as storage={"mu": dtype}.
+
+    >>> tx = adam_atan2(1e-3)
+    """
+    direction = scale_by_adam_atan2(b1, b2, a, b, mu_dtype, storage=storage)
+    decay = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def stable_adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    eps: chex.Numeric = 1e-8,
+    mu_dtype: DType = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """StableAdamW: AdamW whose step shrinks, leaf by leaf, when gradients outgrow their average.
+
+    It makes clipping by the global norm unnecessary. The weight decay is not shrunk.
+    Source: Wortsman et al. (2023), Stable and Low-Precision Training for Large-Scale
+    Vision-Language Models, Algorithm 2.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the average gradient, in [0, 1).
+      b2: decay rate of the average squared gradient, in [0, 1).
+      eps: ≥ 0, added to the root.
+      mu_dtype: the dtype of mu; the same as storage={"mu": dtype}.
+      weight_decay: λ ≥ 0, or a schedule.
+      mask: Optax's name for weight_decay_mask.
+
+    >>> tx = stable_adamw(1e-3, weight_decay=0.1)
+    """
+    direction = scale_by_stable_adamw(b1, b2, eps, mu_dtype, storage=storage)
+    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def lion(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.99,
+    mu_dtype: DType = None,
+    weight_decay: ScalarOrSchedule = 1e-3,
+    mask: Mask = None,
+    *,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Lion: the sign of a momentum; one moment, and steps of one size.
+
+    Learning rates are 3 to 10 times smaller than AdamW's, weight decay as much larger.
+    Source: Chen et al. (2023), Symbolic Discovery of Optimization Algorithms, Algorithm 2.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: weight of the momentum in the step, in [0, 1).
+      b2: decay rate of the momentum, in [0, 1).
+      mu_dtype: the dtype of mu; the same as storage={"mu": dtype}.
+      weight_decay: λ ≥ 0, or a schedule.
+      mask: Optax's name for weight_decay_mask.
+
+    >>> tx = lion(1e-4, weight_decay=1.0)
+    """
+    direction = scale_by_lion(b1, b2, mu_dtype, storage=storage)
+    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+
+
+@constructor
+def lamb(
+    learning_rate: ScalarOrSchedule,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    eps: chex.Numeric = 1e-6,
+    eps_root: chex.Numeric = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    weight_decay_mask: Mask = None,
+    weight_decay_form: Form = "decoupled",
+    cautious: bool = False,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """LAMB: AdamW's step, decay included, made as long as the weights it moves, leaf by leaf.
+
+    The trust ratio is on for every leaf (the authors' code leaves out biases and norms: use
+    `optax.partition`). Source: You et al. (2020), Large Batch Optimization for Deep Learning,
+    Algorithm 2 with φ the identity.
+
+    Args:
+      learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
+      b1: decay rate of the average gradient, in [0, 1).
+      b2: decay rate of the average squared gradient, in [0, 1).
+      eps: ≥ 0, added to the root.
+      eps_root: ≥ 0, added under the root.
+      weight_decay: λ ≥ 0, or a schedule.
+      mask: Optax's name for weight_decay_mask.
+
+    >>> tx = lamb(1e-3, weight_decay=0.01)
+    """
+    direction = scale_by_adam(b1, b2, eps, eps_root, storage=storage)
+    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, decay, cautious, implementation, trust=True)
 
 
 def _optimizer(
@@ -729,16 +970,18 @@ def _optimizer(
     cautious: bool,
     implementation: str,
     after: Sequence[Link] = (),
+    trust: bool = False,
 ) -> Transformation:
     """A direction with its weight decay and learning rate, executed leaf by leaf in one pass."""
     weight_decay, mask, form = decay
     checks.choice("weight_decay_form", form, _DECAYS)
-    decays = [] if weight_decay is None else [_decay(weight_decay, mask, form)]
+    decays = [] if weight_decay is None else [_decay(weight_decay, learning_rate, mask, form)]
     links = [
         *(decays if form == "l2" else ()),
         *direction.source.links,
         *([link(rules.cautious, {})] if cautious else ()),
-        *(decays if form in ("decoupled", "cautious") else ()),
+        *(decays if form in ("decoupled", "cautious", "proximal") else ()),
+        *([link(rules.trust_ratio, {})] if trust else ()),
         _descend(learning_rate),
         *(decays if form == "independent" else ()),
         *after,
@@ -746,11 +989,16 @@ def _optimizer(
     return lift(links, implementation, direction.source.name, bare=False)
 
 
-def _decay(weight_decay: ScalarOrSchedule, mask: Mask, form: str) -> Link:
+def _decay(
+    weight_decay: ScalarOrSchedule, learning_rate: ScalarOrSchedule | None, mask: Mask, form: str
+) -> Link:
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return link(rules.identity, {}, mask=mask)  # which does without the parameters
-    state = WeightDecaySchedule if callable(weight_decay) else None
-    return link(_DECAYS[form], {"weight_decay": weight_decay}, state=state, mask=mask)
+    given = {"weight_decay": weight_decay}
+    if form == "proximal":
+        given["learning_rate"] = learning_rate
+    state = WeightDecaySchedule if any(map(callable, given.values())) else None
+    return link(_DECAYS[form], given, state=state, mask=mask)
 
 
 def _descend(learning_rate: ScalarOrSchedule | None) -> Link:
@@ -758,14 +1006,3 @@ def _descend(learning_rate: ScalarOrSchedule | None) -> Link:
         return link(rules.identity, {})
     state = optax.ScaleByScheduleState if callable(learning_rate) else None
     return link(rules.descend, {"learning_rate": learning_rate}, state=state)
-
-
-def _momentum(momentum: chex.Numeric | None, nesterov: bool, storage: Storage) -> Link:
-    if momentum is None:
-        return link(rules.identity, {})
-    return link(
-        rules.trace,
-        {"decay": momentum, "nesterov": nesterov},
-        formats=storage,
-        state=optax.TraceState,
-    )

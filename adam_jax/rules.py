@@ -125,6 +125,129 @@ def radam(g, mu, nu, *, t, b1, b2, eps, eps_root, threshold, nesterov=False):
     return jnp.where(rho >= threshold, rectified, m), mu, nu
 
 
+@rule(mu=signed, nu=positive)
+def adabelief(g, mu, nu, *, t, b1, b2, eps, eps_root, nesterov=False):
+    """Zhuang et al. (2020), Algorithm 2: the spread of g around its prediction mu, not g²."""
+    mu = ema(b1, mu, g)
+    nu = ema(b2, nu, abs_sq(g - mu)) + eps_root
+    m = look_ahead(mu, g, b1, t) if nesterov else debias(mu, b1, t)
+    return m / (sqrt(debias(nu, b2, t)) + eps), mu, nu
+
+
+@rule(
+    mu=signed.starting_at("initial_accumulator_value"),
+    nu=positive.starting_at("initial_accumulator_value"),
+)
+def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
+    """Zaheer et al. (2018), Algorithm 2: nu moves towards g² by a step that ignores how far it is.
+
+    Both moments start at initial_accumulator_value, as in Optax; the paper starts only nu there.
+    """
+    mu = ema(b1, mu, g)
+    nu = nu - (1 - b2) * jnp.sign(nu - abs_sq(g)) * abs_sq(g)
+    return debias(mu, b1, t) / (sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
+
+
+@rule(m=signed, v=signed, n=positive, g=signed)
+def adan(gradient, m, v, n, g, *, t, b1, b2, b3, eps, eps_root, difference_weight="b2"):
+    """Xie et al. (2022), Algorithm 1: Nesterov momentum from differences of gradients.
+
+    In the authors' code the difference is weighted by b2 = 0.92 (the paper's 1 - β2), in Optax by
+    1 - b2. `g` is the gradient of the step before; the first difference is 0.
+    """
+    c = b2 if difference_weight == "b2" else 1 - b2
+    change = jnp.where(t == 1, 0, gradient - g)
+    m, v = ema(b1, m, gradient), ema(b2, v, change)
+    n = ema(b3, n, abs_sq(gradient + c * change))
+    ahead = debias(m, b1, t) + c * debias(v, b2, t)
+    return ahead / (sqrt(debias(n, b3, t) + eps_root) + eps), m, v, n, gradient
+
+
+@rule(mu=signed, nu=positive)
+def laprop(g, mu, nu, *, t, b1, b2, eps):
+    """Ziyin et al. (2020), Algorithm 1: divide first, then average, so that b1 and b2 are free."""
+    nu = ema(b2, nu, abs_sq(g))
+    mu = ema(b1, mu, g / (sqrt(debias(nu, b2, t)) + eps))
+    return debias(mu, b1, t), mu, nu
+
+
+def quartic_root(step):
+    """ADOPT's bound on a normalised gradient."""
+    return step**0.25
+
+
+@rule(mu=signed, nu=positive)
+def adopt(
+    g, mu, nu, *, t, b1, b2, eps, nesterov=False, use_clipping=True, clip_value_fn=quartic_root
+):
+    """Taniguchi et al. (2024), Algorithm 2: divide by the nu of the step before, then average.
+
+    So it converges with any b2. The first step only sets nu = g².
+    """
+    first = t == 1
+    x = g / jnp.maximum(sqrt(nu), eps)
+    x = jnp.clip(x, -clip_value_fn(t - 1), clip_value_fn(t - 1)) if use_clipping else x
+    mu = jnp.where(first, mu, ema(b1, mu, x))
+    nu = jnp.where(first, abs_sq(g), ema(b2, nu, abs_sq(g)))
+    return jnp.where(first, mu, ema(b1, mu, x)) if nesterov else mu, mu, nu
+
+
+@rule(m1=signed, m2=signed, nu=positive)
+def ademamix(g, m1, m2, nu, *, t, b1, b2, b3, alpha, eps, eps_root):
+    """Pagliardini et al. (2024), Algorithm 1: a second, slow average that remembers old gradients.
+
+    m2 is not corrected: `alpha` and `b3` warm up instead; see `adam_jax.ademamix`.
+    """
+    m1, m2 = ema(b1, m1, g), ema(b3, m2, g)
+    nu = ema(b2, nu, abs_sq(g))
+    mixed = debias(m1, b1, t) + alpha * m2
+    return mixed / (sqrt(debias(nu, b2, t) + eps_root) + eps), m1, m2, nu
+
+
+@rule(m=signed, n=positive)
+def simplified_ademamix(g, m, n, *, t, b1, b2, alpha, eps, eps_root):
+    """Morwani et al. (2025), Algorithm 1: AdEMAMix with one moment, a sum instead of an average.
+
+    The direction is up to 1/(1 - b1) times as long as Adam's.
+    """
+    m = b1 * m + g
+    n = ema(b2, n, abs_sq(g))
+    return (m + alpha * g) / (sqrt(debias(n, b2, t) + eps_root) + eps), m, n
+
+
+@rule(mu=signed, nu=positive)
+def adam_atan2(g, mu, nu, *, t, b1, b2, a, b):
+    """Everett et al. (2024), section 4: a·atan2(m̂, b·√v̂) needs no ε and knows no scale."""
+    mu = ema(b1, mu, g)
+    nu = ema(b2, nu, abs_sq(g))
+    m, root = debias(mu, b1, t), sqrt(debias(nu, b2, t))
+    at_rest = (m == 0) & (root == 0)  # where atan2 has no derivative
+    return a * jnp.arctan2(m, jnp.where(at_rest, 1, b * root)), mu, nu
+
+
+@rule(factor=lambda mean_sq: 1 / jnp.maximum(1, sqrt(mean_sq)), mu=signed, nu=positive)
+def stable_adamw(g, mu, nu, *, t, b1, b2, eps):
+    """Wortsman et al. (2023), Algorithm 2: Adam, slowed where g² outgrows nu.
+
+    The direction is divided by max(1, RMS) with RMS² the mean of g²/max(v̂, ε²) over the leaf.
+    """
+    mu = ema(b1, mu, g)
+    nu = ema(b2, nu, abs_sq(g))
+    v = debias(nu, b2, t)
+    u = debias(mu, b1, t) / (sqrt(v) + eps)
+    return (u, abs_sq(g) / jnp.maximum(v, eps**2)), mu, nu
+
+
+@rule(mu=signed)
+def lion(g, mu, *, b1, b2, smooth_beta, mode="hard"):
+    """Chen et al. (2023), Algorithm 2: a momentum's sign; "smooth" and "refined" are Optax's."""
+    x = ema(b1, mu, g)
+    mu = ema(b2, mu, g)
+    if mode == "smooth":
+        return jnp.tanh(smooth_beta * x), mu
+    return (jnp.clip(x, -1, 1) if mode == "refined" else jnp.sign(x)), mu
+
+
 @rule(nu=positive.starting_at("initial_scale"))
 def rms(g, nu, *, t, decay, eps, eps_in_sqrt=True, bias_correction=False):
     """Tieleman & Hinton (2012), RMSprop, lecture 6.5."""
@@ -186,11 +309,57 @@ def decay_cautious(u, *, p, weight_decay):
     return u + jnp.where(u * p >= 0, weight_decay * p, 0)
 
 
+@rule()
+def decay_proximal(u, *, p, weight_decay, learning_rate):
+    """Xie et al. (2022), Algorithm 1: p ← (p - η·u)/(1 + ηλ), never past zero."""
+    return (u + weight_decay * p) / (1 + learning_rate * weight_decay)
+
+
 @rule(factor=lambda share: 1 / jnp.maximum(share, 1e-3))
 def cautious(u, *, g):
     """Liang et al. (2024), Algorithm 1: drop what points against the gradient, rescale the rest."""
     agrees = (u * g > 0).astype(u.dtype)
     return u * agrees, agrees
+
+
+@rule()
+def grams(u, *, g):
+    """Cao et al. (2024), Algorithm 1: the direction's size with the gradient's sign."""
+    return jnp.sign(g) * jnp.abs(u)
+
+
+def trust(p_sq, u_sq):
+    """‖p‖/‖u‖, and 1 where either is 0."""
+    defined = (p_sq > 0) & (u_sq > 0)
+    return jnp.where(defined, sqrt(p_sq / jnp.where(defined, u_sq, 1)), 1)
+
+
+@rule(factor=trust)
+def trust_ratio(u, *, p):
+    """You et al. (2020), LAMB, Algorithm 2 with φ the identity: as long a step as the weight is."""
+    return u, abs_sq(p), abs_sq(u)
+
+
+@rule(g_prev=signed, factor=lambda sq: 1 / jnp.maximum(1, sqrt(sq)))
+def mars(g, g_prev, *, gamma, b1):
+    """Yuan et al. (2024), MARS, Algorithm 2 (approximate): a variance-reduced gradient.
+
+    Clipped to norm 1 per leaf. g_prev starts at 0, as in the authors' code.
+    """
+    c = g + gamma * b1 / (1 - b1) * (g - g_prev)
+    return (c, abs_sq(c) * c.size), g
+
+
+@rule(z=signed)
+def schedule_free(u, z, *, p, b1, share):
+    """Defazio et al. (2024), equations 3-5: z takes the steps, x averages z, y between them trains.
+
+    u is the step of z, p is y, and x is known from both: y = (1 - b1)·z + b1·x.
+    """
+    x = (p - (1 - b1) * z) / b1
+    z = z + u
+    x = (1 - share) * x + share * z
+    return ema(b1, x, z) - p, z
 
 
 RULES: dict[str, Rule] = {name: r for name, r in globals().items() if isinstance(r, Rule)}

@@ -92,7 +92,7 @@ def moments(state: chex.ArrayTree) -> dict[str, Any]:
     >>> adam_jax.moments(tx.init({"w": jnp.ones(2)}))["nu"]
     {'w': Array([0., 0.], dtype=float32)}
     """
-    found = [(path, s) for path, s in _states(state) if moment_fields(s)]
+    found = [(path, s) for path, s in named_tuples(state) if moment_fields(s)]
     if len(found) != 1:
         where = ", ".join(
             jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found
@@ -122,7 +122,7 @@ def step_count(state: chex.ArrayTree) -> chex.Array:
     >>> int(adam_jax.step_count(adam_jax.adam(1e-3).init({"w": jnp.ones(2)})))
     0
     """
-    states = [s for _, s in _states(state)]
+    states = [s for _, s in named_tuples(state)]
     beside = [s for s in states if moment_fields(s)]
     for s in (*beside, *states):
         counts = [f for f in getattr(s, "_fields", ()) if f in ("count", "t", "step_count")]
@@ -134,7 +134,7 @@ def step_count(state: chex.ArrayTree) -> chex.Array:
     )
 
 
-def _states(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
+def named_tuples(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
     """The NamedTuples in a state with their paths, outermost first; none from inside moments."""
     found = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec
 
 import optax
@@ -29,8 +29,15 @@ class Transformation(optax.GradientTransformationExtraArgs):
     def named(self, name: str, arguments: Mapping[str, Any]) -> Transformation:
         """The same under the name, in errors and `repr`, of the function that the user called."""
         text = f"{name}({', '.join(f'{k}={_argument(v)}' for k, v in arguments.items())})"
+        if self.source is None:
+            return self.retold(text)
         source = dataclasses.replace(self.source, name=name)
-        return source.transformation().made_of(source, text)
+        return source.transformation().retold(text)
+
+    def retold(self, text: str) -> Transformation:
+        """The same with another repr."""
+        self.text = text
+        return self
 
     def __repr__(self) -> str:
         return self.text or super().__repr__()
@@ -54,6 +61,15 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
     return Transformation(chained.init, optax.with_extra_args_support(chained).update).made_of(
         transformations, text
     )
+
+
+def parts(tx: Any) -> Iterator[Any]:
+    """The engine's links inside a transformation, as far as it can be looked into."""
+    if isinstance(tx, Transformation) and isinstance(tx.source, tuple):
+        for inner in tx.source:
+            yield from parts(inner)
+    elif isinstance(tx, Transformation) and tx.source is not None:
+        yield from tx.source.links
 
 
 def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation]:

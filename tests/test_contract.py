@@ -36,9 +36,18 @@ def homemade_twin(g, s, *, t, b1=0.9, b2=0.99, eps=1e-8):
     return reference.adam(g, s, t=t, b1=b1, b2=b2, eps=eps)
 
 
-RULES = {**{k: r for k, r in adam_jax.rules.RULES.items() if r.moments}, "homemade": homemade}
-TWINS = {name: getattr(reference, name) for name in RULES if name != "homemade"}
-TWINS["homemade"] = homemade_twin
+def mars_twin(g, s, *, t, gamma=0.025, b1=0.95):
+    previous = s.get("g_prev", np.zeros_like(g))
+    return reference.mars(g, previous, gamma=gamma, b1=b1), {"g_prev": g}
+
+
+TWINS = {"homemade": homemade_twin, "mars": mars_twin}
+RULES = {
+    "homemade": homemade,
+    # all that make a direction of a gradient: not those that follow one, or need the parameters
+    **{k: r for k, r in adam_jax.rules.RULES.items() if r.moments and "p" not in r.inputs},
+}
+TWINS |= {name: getattr(reference, name) for name in RULES if name not in TWINS}
 
 
 def defaults(name):
@@ -119,7 +128,8 @@ def test_equals_its_twin_in_float32(name):
 
 @every_rule
 def test_one_formula_in_every_compiled_form(name):
-    """Eager, jit, scan and vmap give the same bits."""
+    """Eager, jit, scan and vmap agree to rounding (fused multiply-adds fall differently)."""
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
     params, tx = tree(0), direction(name)
     update = functools.partial(tx.update, params=params)
     grads = [tree(seed) for seed in (1, 2, 3)]
@@ -132,18 +142,16 @@ def test_one_formula_in_every_compiled_form(name):
         return out, state
 
     eager, jitted = run(update), run(jax.jit(update))
-    chex.assert_trees_all_equal(eager, jitted)
+    close(eager, jitted)
 
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *grads)
     state, updates = jax.lax.scan(lambda s, g: update(g, s)[::-1], tx.init(params), stacked)
-    chex.assert_trees_all_equal(
-        (updates, state), (jax.tree.map(lambda *xs: jnp.stack(xs), *eager[0]), eager[1])
-    )
+    close((updates, state), (jax.tree.map(lambda *xs: jnp.stack(xs), *eager[0]), eager[1]))
 
     population = jax.tree.map(lambda x: jnp.stack([x, x]), (grads[0], tx.init(params)))
     both = jax.vmap(update)(*population)
     one = update(grads[0], tx.init(params))
-    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], both), one, rtol=1e-6, atol=1e-7)
+    close(jax.tree.map(lambda x: x[1], both), one)
 
 
 # Dtypes
@@ -370,11 +378,10 @@ def test_changing_a_value_never_retraces(name):
     given = {"learning_rate": 1e-2, "weight_decay": 0.1, **numbers(name)}
     injected = optax.inject_hyperparams(constructor(name))(**given)
     state = injected.init(params)
+    starts = [m.start for m in RULES[name].moments.values()]  # used by init alone
     sizes = []
     for scale in (1.0, 0.99, 0.9, 0.8):
-        changed = {
-            k: max(v * scale, 4.0) if k == "threshold" else v * scale for k, v in given.items()
-        }
+        changed = {k: v if k in (*starts, "threshold") else v * scale for k, v in given.items()}
         tx = constructor(name)(**changed)
         one, _ = tx.update(grads, tx.init(params), params)
         state.hyperparams.update({k: jnp.float32(v) for k, v in changed.items()})
@@ -406,7 +413,7 @@ def test_schedules_and_populations(name):
 
     def update(values):
         tx = constructor(name)(**values)
-        updates, state = tx.update(grads, tx.init(params), params)
+        _, state = tx.update(grads, tx.init(params), params)
         return tx.update(grads, state, params)[0]
 
     scaled = jax.tree.map(lambda v: jnp.stack([jnp.float32(v), jnp.float32(0.9 * v)]), given)

@@ -1,0 +1,96 @@
+"""Wrappers around any direction, ours or Optax's, that look at it beside the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import optax
+
+from adam_jax import checks, rules
+from adam_jax.declare import Rule
+from adam_jax.directions import scale_by_rule
+from adam_jax.engine import lift, link
+from adam_jax.storage import Storage
+from adam_jax.transformation import Transformation, chain, parts
+
+
+def cautious(tx: optax.GradientTransformation) -> Transformation:
+    """Drops what of a direction points against the gradient, and rescales the rest.
+
+    u·φ / max(mean φ, 1e-3) with φ = 1 where u·g > 0, leaf by leaf. The state is that of `tx`.
+    Source: Liang et al. (2024), Cautious Optimizers: Improving Training with One Line of Code.
+
+    Args:
+      tx: a direction, such as `scale_by_adam()`: what is to be multiplied by the learning rate.
+
+    Raises:
+      ValueError: tx is one of our finished optimizers, whose updates point down: u·g is negative.
+
+    >>> import optax, adam_jax
+    >>> tx = optax.chain(cautious(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))
+    """
+    return _follow(tx, rules.cautious)
+
+
+def grams(tx: optax.GradientTransformation) -> Transformation:
+    """Gives a direction's sizes the gradient's signs: sign(g)·|u|. The state is that of `tx`.
+
+    Source: Cao et al. (2024), Grams: Gradient Descent with Adaptive Momentum Scaling.
+
+    Args:
+      tx: a direction, such as `scale_by_adam()`.
+
+    Raises:
+      ValueError: tx is one of our finished optimizers, whose updates point down.
+
+    >>> import optax, adam_jax
+    >>> tx = optax.chain(grams(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))
+    """
+    return _follow(tx, rules.grams)
+
+
+def mars(
+    tx: optax.GradientTransformation,
+    gamma: chex.Numeric = 0.025,
+    b1: chex.Numeric = 0.95,
+    *,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Hands a direction a variance-reduced gradient: g + γ·b1/(1 - b1)·(g - g_prev).
+
+    It is clipped to norm 1 leaf by leaf. This is the paper's approximate form: g_prev is the last
+    batch's gradient, not this batch's at the last parameters. It starts at 0, as in the authors'
+    code. The state is (its own with g_prev, that of `tx`).
+    Source: Yuan et al. (2024), MARS: Unleashing the Power of Variance Reduction, Algorithm 2.
+
+    Args:
+      tx: a direction or an optimizer.
+      gamma: ≥ 0, how much of the variance is taken away.
+      b1: decay rate of the momentum in tx, in [0, 1).
+
+    >>> import adam_jax
+    >>> tx = mars(adam_jax.adamw(3e-3, b1=0.95, b2=0.99))
+    """
+    given: dict[str, Any] = {"gamma": gamma, "b1": b1}
+    corrected = scale_by_rule(rules.mars, storage=storage, implementation=implementation, **given)
+    return chain(corrected, tx).retold(f"mars({tx!r}, gamma={gamma}, b1={b1})")
+
+
+def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
+    if any(rules.descend is each.rule for each in parts(tx)):
+        checks.finished(rule.name, tx)
+    inner = optax.with_extra_args_support(tx)
+    follower = lift([link(rule, {})], "auto", rule.name, bare=True)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        direction, state = inner.update(updates, state, params, **extra)
+        return follower.update(direction, optax.EmptyState(), beside=updates)[0], state
+
+    return Transformation(tx.init, update).made_of((tx, follower), f"{rule.name}({tx!r})")

@@ -1,0 +1,147 @@
+"""Schedule-Free AdamW: no learning-rate schedule, an average of the iterates in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax import checks, rules
+from adam_jax.arithmetic import arithmetic_dtype
+from adam_jax.engine import Link, lift, link
+from adam_jax.states import RmsCounted, named_tuples
+from adam_jax.storage import Storage, with_dtype
+from adam_jax.transformation import Transformation, constructor
+
+
+class _Iterate(NamedTuple):
+    """The state of the link that moves z; with a count, so that bfloat16 rounds without bias."""
+
+    count: chex.Array
+    z: optax.Params
+
+
+@constructor
+def schedule_free_adamw(
+    learning_rate: chex.Numeric = 0.0025,
+    warmup_steps: int | None = None,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    eps: chex.Numeric = 1e-8,
+    weight_decay: chex.Numeric = 0.0,
+    weight_lr_power: chex.Numeric = 2.0,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Schedule-Free AdamW: gradients are taken at y, between the fast z and its average x.
+
+    z ← z - η_t·(g/(√v̂ + ε) + λ·y); x averages z, weighted by the largest η so far to the power
+    weight_lr_power; y = (1 - b1)·z + b1·x is what is trained. Evaluate at x, which
+    `schedule_free_eval_params` gives. There is nothing to schedule but a warmup.
+    Source: Defazio et al. (2024), The Road Less Scheduled, and the authors' code. The state is
+    Optax's. Optax's warmup is one step late in the step, not in the average's weight.
+
+    Args:
+      learning_rate: η ≥ 0, after the warmup.
+      warmup_steps: over how many steps η rises linearly; None for no warmup.
+      b1: how far y is from z towards x, in (0, 1).
+      b2: decay rate of the average squared gradient, in [0, 1).
+      eps: ≥ 0, added to the root.
+      weight_decay: λ ≥ 0, at y.
+      weight_lr_power: ≥ 0, how much more a step of a larger η weighs in the average.
+      state_dtype: the dtype of z; the same as storage={"z": dtype}.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = schedule_free_adamw(0.0025, warmup_steps=100)
+    >>> params = {"w": jnp.ones(2)}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update({"w": jnp.ones(2)}, state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> evaluated = schedule_free_eval_params(state, params)
+    """
+    formats = with_dtype(storage, "z", "state_dtype", state_dtype)
+
+    def links(rate: chex.Numeric, share: chex.Numeric) -> Sequence[Link]:
+        squares = {"decay": b2, "eps": eps, "eps_in_sqrt": False, "bias_correction": True}
+        return (
+            link(rules.rms, squares, formats=formats, state=RmsCounted),
+            link(rules.decay_decoupled, {"weight_decay": weight_decay}),
+            link(rules.descend, {"learning_rate": rate}),
+            link(rules.schedule_free, {"b1": b1, "share": share}, formats=formats, state=_Iterate),
+        )
+
+    def chain(rate: chex.Numeric, share: chex.Numeric) -> Transformation:
+        return lift(links(rate, share), implementation, "schedule_free_adamw", bare=False)
+
+    chain(0.0, 0.0)  # so that bad arguments raise here
+
+    def init(params: optax.Params) -> optax.contrib.ScheduleFreeState:
+        *base, iterate = chain(0.0, 0.0).init(params)
+        z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), iterate.z, params)
+        return optax.contrib.ScheduleFreeState(
+            b1=jnp.asarray(b1, jnp.float32),
+            weight_sum=jnp.zeros([], jnp.float32),
+            step_count=jnp.ones([], jnp.int32),
+            max_lr=jnp.zeros([], jnp.float32),
+            base_optimizer_state=tuple(base),
+            z=z,
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: optax.contrib.ScheduleFreeState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.contrib.ScheduleFreeState]:
+        del extra
+        step = state.step_count.astype(jnp.float32)
+        rate = jnp.asarray(learning_rate, jnp.float32)
+        if warmup_steps is not None:
+            rate = rate * jnp.minimum(step / jnp.maximum(warmup_steps, 1), 1)
+        max_lr = jnp.maximum(state.max_lr, rate)
+        weight = max_lr**weight_lr_power
+        weight_sum = state.weight_sum + weight
+        share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1), 0)
+        inner = (*state.base_optimizer_state, _Iterate(state.step_count - 1, state.z))
+        updates, (*base, iterate) = chain(rate, share).update(updates, inner, params)
+        return updates, state._replace(
+            weight_sum=weight_sum,
+            step_count=optax.safe_increment(state.step_count),
+            max_lr=max_lr,
+            base_optimizer_state=tuple(base),
+            z=iterate.z,
+        )
+
+    return Transformation(init, update).made_of(None)
+
+
+def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
+    """The averaged parameters x of Schedule-Free, to evaluate and to keep: (y - (1 - b1)·z) / b1.
+
+    Args:
+      state: the optimizer's state, also inside a chain; Optax's or ours.
+      params: the parameters y that are trained.
+
+    Returns:
+      x, with the parameters' structure and dtypes.
+
+    Raises:
+      ValueError: there is no Schedule-Free state, or more than one.
+    """
+    found = [s for _, s in named_tuples(state) if isinstance(s, optax.contrib.ScheduleFreeState)]
+    if len(found) != 1:
+        checks.not_one("schedule_free_eval_params", "Schedule-Free states", len(found))
+    b1 = found[0].b1
+
+    def average(y: chex.Array, z: chex.Array) -> chex.Array:
+        dtype = arithmetic_dtype(y.dtype, z.dtype)
+        b = b1.astype(dtype)
+        return ((y.astype(dtype) - (1 - b) * z.astype(dtype)) / b).astype(y.dtype)
+
+    return jax.tree.map(average, params, found[0].z)

@@ -1,0 +1,47 @@
+"""Schedules that belong to a variant. For those of the learning rate, use Optax's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import optax
+
+from adam_jax.arithmetic import Decay, decay_rate
+
+
+def ademamix_warmup(
+    b1: chex.Numeric, b3: Any, alpha: Any, steps: int | None
+) -> tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule]:
+    """AdEMAMix's warmups: alpha from 0, and b3 from b1 so that its half-life grows linearly.
+
+    Source: Pagliardini et al. (2024), section 3 and appendix A.1.
+
+    Args:
+      b1: where b3 starts, in (0, 1).
+      b3: where it ends, in [b1, 1).
+      alpha: ≥ 0, where alpha ends.
+      steps: the warmup's length; None returns b3 and alpha as they are.
+
+    Returns:
+      (b3, alpha), functions of the count of steps made, for `scale_by_ademamix`.
+
+    >>> b3, alpha = ademamix_warmup(0.9, 0.9999, 8.0, 1000)
+    >>> float(alpha(250))
+    2.0
+    """
+    if steps is None:
+        return b3, alpha
+    start, end = decay_rate(b1).log, decay_rate(b3).log
+
+    def share(count: chex.Numeric) -> chex.Array:
+        return jnp.minimum(jnp.asarray(count, jnp.float32) / steps, 1)
+
+    def slow_rate(count: chex.Numeric) -> Any:
+        # log b is minus the inverse of the memory's length, and the length is interpolated
+        s = share(count)
+        log = start * end / ((1 - s) * end + s * start)
+        return Decay(jnp.exp(log), log, -jnp.expm1(log))
+
+    return slow_rate, lambda count: share(count) * alpha
