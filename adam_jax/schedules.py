@@ -33,10 +33,11 @@ def ademamix_warmup(
     """
     if steps is None:
         return b3, alpha
-    start, end = decay_rate(b1).log, decay_rate(b3).log
+    dtype = jnp.result_type(float)
+    start, end = (jnp.asarray(decay_rate(b).log, dtype) for b in (b1, b3))
 
     def share(count: chex.Numeric) -> chex.Array:
-        return jnp.minimum(jnp.asarray(count, jnp.float32) / steps, 1)
+        return jnp.minimum(jnp.asarray(count, dtype) / steps, 1)
 
     def slow_rate(count: chex.Numeric) -> Any:
         # log b is minus the inverse of the memory's length, and the length is interpolated

@@ -6,6 +6,10 @@ tests that go through them are marked `standard_promotion`.
 
 from __future__ import annotations
 
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # for tests of sharding
+
 import jax
 import pytest
 

@@ -40,39 +40,33 @@ def test_signature_continues_optax(name):
 
 # Updates
 
-SHAPES = {"dense": {"kernel": (4, 3), "bias": (3,)}, "scale": ()}
 
-
-def trees(steps, complex_=False):
-    """Parameters, and gradients of 1e-3 to 10 in size that pause and change their scale."""
+def trees(steps):
+    """Parameters, one of them complex, and gradients of all sizes that pause and then shrink."""
     rng = np.random.default_rng(0)
+    params = {
+        "dense": {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3) + 1j},
+        "scale": rng.normal(),
+    }
 
-    def array(*shape):
-        x = rng.normal(size=shape)
-        return x + 1j * rng.normal(size=shape) if complex_ else x
+    def gradient(p):
+        g = rng.normal(size=np.shape(p)) * 10.0 ** rng.uniform(-3, 1, size=np.shape(p))
+        return jnp.asarray(g * (1 - 2j) if np.iscomplexobj(p) else g)
 
-    def gradient(shape):
-        g = array(steps, *shape) * 10.0 ** rng.uniform(-3, 1, size=shape)
-        g[steps // 3] = 0
-        g[steps // 2 :] *= 0.1
-        return jnp.asarray(g)
-
-    is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
-    params = jax.tree.map(lambda shape: jnp.asarray(array(*shape)), SHAPES, **is_shape)
-    return params, jax.tree.map(gradient, SHAPES, **is_shape)
+    gradients = [jax.tree.map(gradient, params) for _ in range(steps)]
+    gradients[steps // 3] = jax.tree.map(jnp.zeros_like, params)
+    for i in range(steps // 2, steps):
+        gradients[i] = jax.tree.map(lambda g: 0.1 * g, gradients[i])
+    return jax.tree.map(jnp.asarray, params), gradients
 
 
-def run(tx, params, gradients):
+def run(tx, params, gradients, state=None):
     """The updates of all steps, each at the parameters that the ones before lead to; the state."""
-
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        return (optax.apply_updates(params, updates), state), updates
-
-    (_, state), updates = jax.jit(lambda c, g: jax.lax.scan(step, c, g))(
-        (params, tx.init(params)), gradients
-    )
+    state, updates = tx.init(params) if state is None else state, []
+    for g in gradients:
+        u, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, u)
+        updates.append(u)
     return updates, state
 
 
@@ -122,7 +116,7 @@ CALLS = [
     ("sgd", (1e-2, 0.9), {}),
     ("sgd", (1e-2, 0.9, True, jnp.float32), {}),
     ("scale_by_adam", (), {**ADAM, **HALF, "nesterov": True}),
-    ("scale_by_amsgrad", (), {**ADAM, **HALF, "bias_correction_mu": False}),
+    ("scale_by_amsgrad", (), {**ADAM, **HALF, "bias_correction_mu": False, "bias_correction_nu": True}),
     ("scale_by_adamax", (0.8, 0.99, 1e-4), {}),
     ("scale_by_radam", (), {**ADAM, "threshold": 4.5, "nesterov": True}),
     ("scale_by_rms", (), {**RMS, "eps_in_sqrt": False, "bias_correction": True}),
@@ -134,33 +128,35 @@ CALLS = [
 
 
 def spelled(call):
+    def word(x):
+        return {id(TREE): "tree", id(PREFIX): "prefix"}.get(id(x), getattr(x, "__name__", str(x)))
+
     name, args, kwargs = call
-    told = [*args, *(f"{k}={v}" for k, v in kwargs.items())]
-    return f"{name}({', '.join(getattr(x, '__name__', str(x)) for x in told)})"
+    told = [*map(word, args), *(f"{k}={word(v)}" for k, v in kwargs.items())]
+    return f"{name}({', '.join(told)})"
+
+
+def is_narrow(x):
+    return x in (jnp.float32, "float32")
 
 
 @pytest.mark.parametrize("call", CALLS, ids=spelled)
-@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
-def test_same_updates_and_state(call, complex_):
+def test_same_updates_and_state(call):
     name, args, kwargs = call
-    if complex_ and ({"mu_dtype", "accumulator_dtype"} & kwargs.keys() or _dtype_in(args)):
-        pytest.skip("a real mu_dtype would lose imaginary parts: an error here")
+    narrow = any(map(is_narrow, (*args, kwargs.get("mu_dtype"))))
     with jax.enable_x64(True):
-        params, gradients = trees(30, complex_)
+        params, gradients = trees(30)
+        if narrow:  # a complex leaf would lose its imaginary part, which is an error here
+            params, gradients = jax.tree.map(jnp.real, (params, gradients))
         (ours, mine), (theirs, their) = (
             run(f(*args, **kwargs), params, gradients) for f in both(name)
         )
         chex.assert_trees_all_equal_structs(mine, their)
         chex.assert_trees_all_equal_shapes_and_dtypes((ours, mine), (theirs, their))
-        # the cancelling difference of moments keeps fewer digits
-        loose = "stddev" in name or "centered" in kwargs or len(args) == 9
-        tolerance = 1e-9 if loose else 1e-12
-        chex.assert_trees_all_close(ours, theirs, rtol=tolerance, atol=tolerance)
-        chex.assert_trees_all_close(mine, their, rtol=tolerance, atol=tolerance)
-
-
-def _dtype_in(args):
-    return any(x in (jnp.float32, "float32") for x in args)
+        # Optax multiplies a float32 moment in float32; a difference of moments keeps fewer digits
+        centered = "stddev" in name or "centered" in kwargs or len(args) == 9
+        tolerance = 5e-6 if narrow else 1e-9 if centered else 1e-12
+        chex.assert_trees_all_close((ours, mine), (theirs, their), rtol=tolerance, atol=tolerance)
 
 
 def test_every_argument_of_optax_is_in_a_call():
@@ -174,18 +170,106 @@ def test_every_argument_of_optax_is_in_a_call():
 
 
 @pytest.mark.parametrize("name", ["adamw", "nadam", "amsgrad", "radam", "rmsprop", "sgd"])
-def test_a_state_continues_in_the_other(name):
+def test_a_state_of_optax_continues_here(name):
     with jax.enable_x64(True):
         params, gradients = trees(20)
-        first, second = (jax.tree.map(lambda g, s=s: g[s], gradients) for s in (np.s_[:10], np.s_[10:]))
-        expected, _ = run(optax.identity(), params, second)
-        del expected
         mine, theirs = (f(1e-2) for f in both(name))
-        _, state = run(theirs, params, first)
-        results = [_continue(tx, params, state, second) for tx in (mine, theirs)]
+        _, state = run(theirs, params, gradients[:10])
+        results = [run(tx, params, gradients[10:], state) for tx in (mine, theirs)]
         chex.assert_trees_all_close(*results, rtol=1e-12, atol=1e-12)
 
 
-def _continue(tx, params, state, gradients):
-    step = jax.jit(lambda s, g: tx.update(g, s, params)[::-1])
-    return jax.lax.scan(step, state, gradients)
+# Accuracy: the error in float32 against the float64 twin
+
+DECAY = {"weight_decay": 0.1}
+P = np.linspace(-1, 1, 40, dtype=np.float32)
+
+TWINS = {  # constructor: its twin, its keywords, the twin's
+    "adam": (reference.adam, {}, {}),
+    "adamw": (reference.adam, DECAY, {}),
+    "nadam": (reference.nadam, {}, {}),
+    "nadamw": (reference.nadam, DECAY, {}),
+    "amsgrad": (reference.amsgrad, {}, {}),
+    "adamax": (reference.adamax, {}, {}),
+    "adamaxw": (reference.adamax, DECAY, {}),
+    "radam": (reference.radam, {}, {}),
+    "rmsprop": (reference.rms, {}, {}),
+    "rmsprop corrected": (reference.rms, {"bias_correction": True}, {"bias_correction": True}),
+    "rmsprop centered": (reference.rms_centered, {"centered": True}, {}),
+    "sgd": (reference.trace, {"momentum": 0.9}, {}),
+    "sgd nesterov": (reference.trace, MOMENTUM, {"nesterov": True}),
+}
+
+
+def float32_gradients(steps):
+    rng = np.random.default_rng(2)
+    scale = 10.0 ** rng.uniform(-3, 1, size=P.shape)
+    return (rng.normal(size=(steps, *P.shape)) * scale).astype(np.float32)
+
+
+def directions(tx, gradients):
+    """The updates of float32 gradients at fixed parameters, in the twins' sign, as float64."""
+    step = jax.jit(lambda s, g: tx.update(g, s, jnp.asarray(P))[::-1])
+    _, updates = jax.lax.scan(step, tx.init(jnp.asarray(P)), jnp.asarray(gradients))
+    return -np.asarray(updates, np.float64)
+
+
+def run_twin(twin, gradients, **given):
+    state, out = {}, []
+    for t, g in enumerate(gradients.astype(np.float64), start=1):
+        u, state = twin(g, state, t=t, **given)
+        out.append(u)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("case", TWINS)
+def test_float32_error_is_no_larger_than_optax(case):
+    twin, given, given_twin = TWINS[case]
+    g = float32_gradients(100)
+    truth = run_twin(twin, g, **given_twin) + given.get("weight_decay", 0) * P.astype(np.float64)
+    ours, theirs = (
+        np.max(np.abs(directions(f(1.0, **given), g) - truth)) for f in both(case.split()[0])
+    )
+    assert ours <= 1.1 * theirs + 1e-7
+
+
+@pytest.mark.parametrize("b2", [0.999, 0.9999, 0.99999, 0.999999])
+@pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "amsgrad"])
+def test_first_step_keeps_its_digits(name, b2):
+    g = float32_gradients(1)
+    truth = run_twin(getattr(reference, name.rstrip("w")), g, b2=b2)
+    given = {"b2": b2} | ({"weight_decay": 0.0} if name == "adamw" else {})
+    ours, theirs = (
+        np.max(np.abs(directions(f(1.0, **given), g) / truth - 1)) for f in both(name)
+    )
+    assert ours <= 1e-6
+    if b2 == 0.99999:
+        assert theirs > 5e-4  # the defect that this is about
+
+
+@pytest.mark.parametrize("b2", [0.999, 0.9999, 0.99999, 0.999999])
+def test_radam_is_rectified_right(b2):
+    g = float32_gradients(2500)
+    truth = run_twin(reference.radam, g, b2=b2)
+    ours, theirs = (
+        np.abs(directions(f(1.0, b2=b2), g) - truth) / (1 + np.abs(truth)) for f in both("radam")
+    )
+    assert np.max(ours) <= 1e-5
+    if b2 >= 0.9999:
+        assert np.max(theirs) > 1e-3
+
+
+# Known disagreements, which a "fix" of either side would remove
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [("amsgrad", {"max_of": "raw"}), ("nadam", {"momentum_decay": 0.004})],
+)
+def test_known_disagreement(name, given):
+    """PyTorch's and Keras's forms, at our request: Optax has them not."""
+    ours, theirs = both(name)
+    with jax.enable_x64(True):
+        params, gradients = trees(60)
+        a, b = (run(tx, params, gradients)[0] for tx in (ours(1.0, **given), theirs(1.0)))
+    assert max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y)), a, b))) > 0.01
