@@ -86,35 +86,35 @@ def decay_rate(b: Any) -> Decay:
     return Decay(b, jnp.log(b), 1 - b)
 
 
-def ema(b: Decay | chex.Numeric, m: chex.Array, x: chex.Array) -> chex.Array:
+def ema(b: Decay | chex.Numeric, m: jax.Array, x: jax.Array) -> jax.Array:
     """Exponential moving average: b·m + (1 - b)·x."""
     b = decay_rate(b)
-    return b.value * m + b.complement * x
+    return jnp.asarray(b.value * m + b.complement * x)
 
 
-def debias(m: chex.Array, b: Decay | chex.Numeric, t: chex.Numeric) -> chex.Array:
+def debias(m: jax.Array, b: Decay | chex.Numeric, t: chex.Numeric) -> jax.Array:
     """m / (1 - b^t): the average of t values of an `ema` that started at zero."""
     return m / -jnp.expm1(t * decay_rate(b).log)
 
 
-def abs_sq(x: chex.Array) -> chex.Array:
+def abs_sq(x: jax.Array) -> jax.Array:
     """|x|², real for complex x."""
     return (x.conj() * x).real if jnp.iscomplexobj(x) else x * x
 
 
 @jax.custom_jvp
-def sqrt(x: chex.Array) -> chex.Array:
+def sqrt(x: jax.Array) -> jax.Array:
     """√x whose derivative at 0 is 0, not ∞, so that gradients through an update stay finite."""
     return jnp.sqrt(x)
 
 
 @sqrt.defjvp
-def _sqrt_jvp(primals: tuple[chex.Array], tangents: tuple[chex.Array]) -> tuple[Any, Any]:
+def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
     y = sqrt(primals[0])
     return y, tangents[0] * jnp.where(y > 0, 0.5 / jnp.where(y > 0, y, 1), 0)
 
 
-def averaging_length(b: Decay | chex.Numeric, t: chex.Numeric) -> tuple[chex.Array, chex.Array]:
+def averaging_length(b: Decay | chex.Numeric, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """RAdam's ρ_t and ρ_∞: how many values an `ema` averages after t steps, and finally.
 
     ρ_∞ = 2/(1-b) - 1 and ρ_t = ρ_∞ - 2t·b^t/(1-b^t) cancel to nothing as b approaches 1. With
@@ -124,13 +124,13 @@ def averaging_length(b: Decay | chex.Numeric, t: chex.Numeric) -> tuple[chex.Arr
     y = -t * b.log / 2
     direct = 1 / jnp.maximum(y, 1) - 2 / jnp.expm1(2 * jnp.maximum(y, 1))
     rho = t * jnp.where(y > 1, direct, 1 - _langevin(jnp.minimum(y, 1)))
-    final = 2 / b.complement - 1
+    final = jnp.asarray(2 / b.complement - 1)
     # L(y/t) = final + 2/log b; both forms are at hand, each good on its side of 1
     first = jnp.where(y > t, final + 2 / b.log, _langevin(jnp.minimum(y / t, 1)))
     return rho + first, final
 
 
-def _langevin(y: chex.Array) -> chex.Array:
+def _langevin(y: jax.Array) -> jax.Array:
     """coth(y) - 1/y for 0 ≤ y ≤ 1, by Lambert's continued fraction (exact to 1e-16)."""
     fraction = jnp.full_like(y, 19.0)
     for odd in (17, 15, 13, 11, 9, 7, 5, 3):
@@ -140,7 +140,7 @@ def _langevin(y: chex.Array) -> chex.Array:
 
 def momentum_product(
     b: Decay | chex.Numeric, momentum_decay: chex.Numeric, t: chex.Numeric
-) -> chex.Array:
+) -> jax.Array:
     """NAdam's Π_{i≤t} μ_i with μ_i = b·(1 - ½·0.96^(i·momentum_decay)), without a state for it.
 
     From log(1 - x) = -Σ_k x^k/k with x = ½·r^i, summed over i first: a geometric series for each k.

@@ -6,7 +6,9 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,20 +89,20 @@ class Classifier(nnx.Module):
         self.norm2 = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, 10, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Any) -> jax.Array:
         x = nnx.gelu(self.norm1(self.dense1(x)))
         x = nnx.gelu(self.norm2(self.dense2(x)))
         return self.head(x)
 
 
-def loss(model: Classifier, images: jax.Array, labels: jax.Array) -> jax.Array:
+def loss(model: Classifier, images: chex.Array, labels: chex.Array) -> jax.Array:
     """The mean cross-entropy."""
     return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
 
 @nnx.jit
 def train_chunk(
-    model: Classifier, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array
+    model: Classifier, optimizer: nnx.Optimizer, images: chex.Array, labels: chex.Array
 ) -> jax.Array:
     """Takes one step for each batch along the leading axis; returns their losses."""
 
@@ -115,7 +117,7 @@ def train_chunk(
 
 
 @nnx.jit
-def accuracy(model: Classifier, images: jax.Array, labels: jax.Array) -> jax.Array:
+def accuracy(model: Classifier, images: chex.Array, labels: chex.Array) -> jax.Array:
     """The share of images that are given their label."""
     return jnp.mean(model(images).argmax(axis=-1) == labels)
 
@@ -124,7 +126,9 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Training images, test images, training labels, test labels: the same split every time."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
-    return tuple(train_test_split(images, labels, test_size=360, stratify=labels, random_state=0))
+    split = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    images, test_images, labels, test_labels = map(np.asarray, split)
+    return images, test_images, labels, test_labels
 
 
 def train(recipe: Recipe, tx: optax.GradientTransformation, label: str) -> Run:

@@ -267,7 +267,7 @@ def scale_by_adan(
     """
     checks.choice("difference_weight", difference_weight, ("b2", "1-b2"))
     given = {"b1": b1, "b2": b2, "b3": b3, "eps": eps, "eps_root": eps_root}
-    given["difference_weight"] = difference_weight
+    given |= {"difference_weight": difference_weight}
     return _direction(rules.adan, given, storage, implementation, optax.ScaleByAdanState)
 
 

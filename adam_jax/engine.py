@@ -13,7 +13,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +115,7 @@ class Chain:
         """
         del extra
         checks.states(state, [each.state for each in self.links], self.bare)
-        states = (state,) if self.bare else state
+        states: Sequence[Any] = (state,) if self.bare else state  # type: ignore[assignment]
         inner = [s.inner_state if each.mask is not None else s for each, s in self._with(states)]
         gradients, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_none)
 
@@ -131,7 +130,7 @@ class Chain:
             for each, s in self._with(inner)
         ]
         parameters = [None] * len(gradients) if params is None else leaves("parameters", params)
-        beside = [None] * len(gradients) if beside is None else leaves("gradients", beside)
+        originals = [None] * len(gradients) if beside is None else leaves("gradients", beside)
         masks = [_flags(each.mask, updates) for each in self.links]
         steps = [_step(each, s) for each, s in self._with(inner)]
         scalars, layout = hyperparams.pack([(step.t, step.operands) for step in steps])
@@ -144,7 +143,7 @@ class Chain:
             )
             stored = [tuple(column[i] for column in columns) for columns in moments]
             direction, written = self._step_leaf(
-                path, gradient, beside[i], parameters[i], stored, scalars, stages, layout
+                path, gradient, originals[i], parameters[i], stored, scalars, stages, layout
             )
             directions.append(direction)
             for columns, new in zip(moments, written, strict=True):
@@ -171,7 +170,7 @@ class Chain:
         beside: Any,
         parameter: Any,
         stored: Sequence[tuple[Any, ...]],
-        scalars: chex.Array,
+        scalars: jax.Array,
         stages: Stages,
         layout: Any,
     ) -> tuple[Any, Sequence[tuple[Any, ...]]]:
@@ -205,9 +204,9 @@ class Chain:
 class _Step(NamedTuple):
     """What a link computes with in this step, the same for every leaf."""
 
-    t: chex.Array | None
+    t: Any
     operands: dict[str, Any]
-    counts: dict[str, chex.Array]
+    counts: dict[str, Any]
 
 
 def _step(link: Link, state: Any) -> _Step:
@@ -260,13 +259,13 @@ def run_leaf(u, g, p, stored, scalars, key, *, stages, layout, run):
 def leaf(
     stages: Stages,
     layout: Any,
-    u: chex.Array,
-    g: chex.Array | None,
-    p: chex.Array | None,
+    u: jax.Array,
+    g: jax.Array | None,
+    p: jax.Array | None,
     stored: Sequence[tuple[Any, ...]],
-    scalars: chex.Array,
-    key: chex.Array | None,
-) -> tuple[chex.Array, list[tuple[Any, ...]]]:
+    scalars: jax.Array,
+    key: jax.Array | None,
+) -> tuple[jax.Array, list[tuple[Any, ...]]]:
     """The step of one leaf: decode the moments, apply the rules, encode the moments."""
     dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves((u, g, p, stored))))
     real = jnp.finfo(dtype).dtype
@@ -295,7 +294,7 @@ def leaf(
     return u.astype(emitted), written
 
 
-def _apply(rule: Rule, u: chex.Array, moments: Sequence[chex.Array], **keywords: Any) -> Any:
+def _apply(rule: Rule, u: jax.Array, moments: Sequence[jax.Array], **keywords: Any) -> Any:
     """A rule's direction, with its factor, and its new moments."""
     out = rule.step(u, *moments, **keywords)
     direction, *new = out if rule.moments else (out,)

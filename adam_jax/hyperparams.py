@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ from adam_jax import checks
 from adam_jax.arithmetic import decay_rate
 
 
-def operands(hyperparams: Mapping[str, Any], count: chex.Array | None) -> dict[str, Any]:
+def operands(hyperparams: Mapping[str, Any], count: jax.Array | None) -> dict[str, Any]:
     """The values for one step: schedules are evaluated at the count of steps already made."""
     return {
         name: _operand(name, value(count) if callable(value) else value)
@@ -33,12 +32,12 @@ def has_schedule(hyperparams: Mapping[str, Any]) -> bool:
     return any(callable(value) for value in hyperparams.values())
 
 
-def pack(operands: Any) -> tuple[chex.Array, Any]:
+def pack(operands: Any) -> tuple[jax.Array, Any]:
     """All scalars of a step in one vector, with their layout: one operand per leaf, not ten."""
     scalars, layout = jax.tree.flatten(operands)
     dtype = jnp.result_type(float)
     return jnp.stack([jnp.asarray(x, dtype) for x in (*scalars, 0)]), layout
 
 
-def unpack(scalars: chex.Array, layout: Any) -> Any:
+def unpack(scalars: jax.Array, layout: Any) -> Any:
     return layout.unflatten([scalars[i] for i in range(layout.num_leaves)])

@@ -83,9 +83,9 @@ def from_rule(
     sign_momentum(learning_rate=0.001, b1=0.95)
     """
     direction = scale_by_rule(rule, storage=storage, **hyperparams)
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
     with checks.naming(rule.name):
-        tx = _optimizer(direction, learning_rate, decay, cautious, implementation)
+        tx = _optimizer(direction, learning_rate, wd, cautious, implementation)
     return tx.named(rule.name, {"learning_rate": learning_rate, **hyperparams})
 
 
@@ -132,8 +132,8 @@ def adam(
     direction = scale_by_adam(
         b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, eps_hat=eps_hat, storage=storage
     )
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -180,8 +180,8 @@ weight_decay_form=cautious)
     direction = scale_by_adam(
         b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, eps_hat=eps_hat, storage=storage
     )
-    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -229,8 +229,8 @@ momentum_decay=0.004)
         if nesterov
         else scale_by_adam(b1, b2, eps, eps_root, mu_dtype, storage=storage)
     )
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -278,8 +278,8 @@ def nadamw(
         if nesterov
         else scale_by_adam(b1, b2, eps, eps_root, mu_dtype, storage=storage)
     )
-    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -330,8 +330,8 @@ def amsgrad(
         max_of=max_of,
         storage=storage,
     )
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -361,8 +361,8 @@ def adamax(
     >>> tx = adamax(2e-3)
     """
     direction = scale_by_adamax(b1, b2, eps, storage=storage)
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -395,8 +395,8 @@ def adamaxw(
     >>> tx = adamaxw(2e-3, weight_decay=0.01)
     """
     direction = scale_by_adamax(b1, b2, eps, storage=storage)
-    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -433,8 +433,8 @@ def radam(
     >>> tx = radam(1e-3)
     """
     direction = scale_by_radam(b1, b2, eps, eps_root, threshold, nesterov=nesterov, storage=storage)
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -476,11 +476,11 @@ def rmsprop(
     direction = (scale_by_stddev if centered else scale_by_rms)(
         decay, eps, initial_scale, eps_in_sqrt, bias_correction, storage=storage
     )
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
     return _optimizer(
         direction,
         learning_rate,
-        decay,
+        wd,
         cautious,
         implementation,
         [momentum_link(momentum, nesterov, storage)],
@@ -525,8 +525,8 @@ def sgd(
         "sgd",
         bare=True,
     )
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -561,8 +561,8 @@ def adabelief(
     >>> tx = adabelief(1e-3)
     """
     direction = scale_by_belief(b1, b2, eps, eps_root, nesterov=nesterov, storage=storage)
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -592,8 +592,8 @@ def yogi(
     >>> tx = yogi(1e-2)
     """
     direction = scale_by_yogi(b1, b2, eps, storage=storage)
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -636,8 +636,8 @@ def adan(
     direction = scale_by_adan(
         b1, b2, b3, eps, eps_root, difference_weight=difference_weight, storage=storage
     )
-    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -669,8 +669,8 @@ def laprop(
     >>> tx = laprop(4e-4, weight_decay=0.1)
     """
     direction = scale_by_laprop(b1, b2, eps, mu_dtype, storage=storage)
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -718,8 +718,8 @@ def adopt(
         clip_value_fn=clip_value_fn,
         storage=storage,
     )
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -772,8 +772,8 @@ def ademamix(
         mu_dtype,
         storage=storage,
     )
-    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -812,8 +812,8 @@ def simplified_ademamix(
     >>> tx = simplified_ademamix(1e-5, alpha=100.0)
     """
     direction = scale_by_simplified_ademamix(b1, b2, alpha, eps, eps_root, storage=storage)
-    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -848,8 +848,8 @@ def adam_atan2(
     >>> tx = adam_atan2(1e-3)
     """
     direction = scale_by_adam_atan2(b1, b2, a, b, mu_dtype, storage=storage)
-    decay = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, weight_decay_mask, weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -886,8 +886,8 @@ def stable_adamw(
     >>> tx = stable_adamw(1e-3, weight_decay=0.1)
     """
     direction = scale_by_stable_adamw(b1, b2, eps, mu_dtype, storage=storage)
-    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -921,8 +921,8 @@ def lion(
     >>> tx = lion(1e-4, weight_decay=1.0)
     """
     direction = scale_by_lion(b1, b2, mu_dtype, storage=storage)
-    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation)
+    wd = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation)
 
 
 @constructor
@@ -959,21 +959,21 @@ def lamb(
     >>> tx = lamb(1e-3, weight_decay=0.01)
     """
     direction = scale_by_adam(b1, b2, eps, eps_root, storage=storage)
-    decay = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
-    return _optimizer(direction, learning_rate, decay, cautious, implementation, trust=True)
+    wd = (weight_decay, checks.one_mask(mask, weight_decay_mask), weight_decay_form)
+    return _optimizer(direction, learning_rate, wd, cautious, implementation, trust=True)
 
 
 def _optimizer(
     direction: Transformation,
     learning_rate: ScalarOrSchedule | None,
-    decay: tuple[ScalarOrSchedule | None, Mask, str],
+    wd: tuple[ScalarOrSchedule | None, Mask, str],
     cautious: bool,
     implementation: str,
     after: Sequence[Link] = (),
     trust: bool = False,
 ) -> Transformation:
     """A direction with its weight decay and learning rate, executed leaf by leaf in one pass."""
-    weight_decay, mask, form = decay
+    weight_decay, mask, form = wd
     checks.choice("weight_decay_form", form, _DECAYS)
     decays = [] if weight_decay is None else [_decay(weight_decay, learning_rate, mask, form)]
     links = [
@@ -996,7 +996,7 @@ def _decay(
         return link(rules.identity, {}, mask=mask)  # which does without the parameters
     given = {"weight_decay": weight_decay}
     if form == "proximal":
-        given["learning_rate"] = learning_rate
+        given |= {"learning_rate": learning_rate}
     state = WeightDecaySchedule if any(map(callable, given.values())) else None
     return link(_DECAYS[form], given, state=state, mask=mask)
 

@@ -328,15 +328,13 @@ def grams(u, *, g):
     return jnp.sign(g) * jnp.abs(u)
 
 
-def trust(p_sq, u_sq):
-    """‖p‖/‖u‖, and 1 where either is 0."""
-    defined = (p_sq > 0) & (u_sq > 0)
-    return jnp.where(defined, sqrt(p_sq / jnp.where(defined, u_sq, 1)), 1)
-
-
-@rule(factor=trust)
+@rule(
+    factor=lambda p_sq, u_sq: jnp.where(
+        (p_sq > 0) & (u_sq > 0), sqrt(p_sq / jnp.maximum(u_sq, 1e-37)), 1
+    )
+)
 def trust_ratio(u, *, p):
-    """You et al. (2020), LAMB, Algorithm 2 with φ the identity: as long a step as the weight is."""
+    """You et al. (2020), LAMB, Algorithm 2 φ the identity: u·‖p‖/‖u‖, or u where either is 0."""
     return u, abs_sq(p), abs_sq(u)
 
 

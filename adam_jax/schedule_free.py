@@ -21,7 +21,7 @@ from adam_jax.transformation import Transformation, constructor
 class _Iterate(NamedTuple):
     """The state of the link that moves z; with a count, so that bfloat16 rounds without bias."""
 
-    count: chex.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple has a method of that name
     z: optax.Params
 
 
@@ -81,8 +81,9 @@ def schedule_free_adamw(
 
     chain(0.0, 0.0)  # so that bad arguments raise here
 
-    def init(params: optax.Params) -> optax.contrib.ScheduleFreeState:
-        *base, iterate = chain(0.0, 0.0).init(params)
+    def init(params: optax.Params) -> Any:
+        states: Any = chain(0.0, 0.0).init(params)
+        *base, iterate = states
         z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), iterate.z, params)
         return optax.contrib.ScheduleFreeState(
             b1=jnp.asarray(b1, jnp.float32),
@@ -95,21 +96,23 @@ def schedule_free_adamw(
 
     def update(
         updates: optax.Updates,
-        state: optax.contrib.ScheduleFreeState,
+        state: Any,
         params: optax.Params | None = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, optax.contrib.ScheduleFreeState]:
+    ) -> tuple[optax.Updates, Any]:
         del extra
         step = state.step_count.astype(jnp.float32)
         rate = jnp.asarray(learning_rate, jnp.float32)
         if warmup_steps is not None:
             rate = rate * jnp.minimum(step / jnp.maximum(warmup_steps, 1), 1)
         max_lr = jnp.maximum(state.max_lr, rate)
-        weight = max_lr**weight_lr_power
+        weight = jnp.asarray(max_lr**weight_lr_power)
         weight_sum = state.weight_sum + weight
         share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1), 0)
         inner = (*state.base_optimizer_state, _Iterate(state.step_count - 1, state.z))
-        updates, (*base, iterate) = chain(rate, share).update(updates, inner, params)
+        states: Any
+        updates, states = chain(rate, share).update(updates, inner, params)
+        *base, iterate = states
         return updates, state._replace(
             weight_sum=weight_sum,
             step_count=optax.safe_increment(state.step_count),
@@ -134,12 +137,14 @@ def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> op
     Raises:
       ValueError: there is no Schedule-Free state, or more than one.
     """
-    found = [s for _, s in named_tuples(state) if isinstance(s, optax.contrib.ScheduleFreeState)]
+    found: list[Any] = [
+        s for _, s in named_tuples(state) if isinstance(s, optax.contrib.ScheduleFreeState)
+    ]
     if len(found) != 1:
         checks.not_one("schedule_free_eval_params", "Schedule-Free states", len(found))
     b1 = found[0].b1
 
-    def average(y: chex.Array, z: chex.Array) -> chex.Array:
+    def average(y: jax.Array, z: jax.Array) -> jax.Array:
         dtype = arithmetic_dtype(y.dtype, z.dtype)
         b = b1.astype(dtype)
         return ((y.astype(dtype) - (1 - b) * z.astype(dtype)) / b).astype(y.dtype)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
-import optax
 
 from adam_jax.arithmetic import Decay, decay_rate
 
 
-def ademamix_warmup(
-    b1: chex.Numeric, b3: Any, alpha: Any, steps: int | None
-) -> tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule]:
+def ademamix_warmup(b1: chex.Numeric, b3: Any, alpha: Any, steps: int | None) -> tuple[Any, Any]:
     """AdEMAMix's warmups: alpha from 0, and b3 from b1 so that its half-life grows linearly.
 
     Source: Pagliardini et al. (2024), section 3 and appendix A.1.
@@ -36,10 +34,10 @@ def ademamix_warmup(
     dtype = jnp.result_type(float)
     start, end = (jnp.asarray(decay_rate(b).log, dtype) for b in (b1, b3))
 
-    def share(count: chex.Numeric) -> chex.Array:
+    def share(count: Any) -> jax.Array:
         return jnp.minimum(jnp.asarray(count, dtype) / steps, 1)
 
-    def slow_rate(count: chex.Numeric) -> Any:
+    def slow_rate(count: Any) -> Any:
         # log b is minus the inverse of the memory's length, and the length is interpolated
         s = share(count)
         log = start * end / ((1 - s) * end + s * start)

@@ -52,7 +52,7 @@ def state_class(moments: tuple[str, ...]) -> type[Any]:
         return optax.EmptyState
     if moments in _DEFAULTS:
         return _DEFAULTS[moments]
-    made = collections.namedtuple("ScaleByRuleState", ("count", *moments))
+    made: Any = collections.namedtuple("ScaleByRuleState", ("count", *moments))
     # pickle finds a class by its module and name, which a class made here does not have
     made.__reduce__ = lambda self: (_remake, (moments, *self))
     made.moments = moments
@@ -106,7 +106,7 @@ def moments(state: chex.ArrayTree) -> dict[str, Any]:
     }
 
 
-def step_count(state: chex.ArrayTree) -> chex.Array:
+def step_count(state: chex.ArrayTree) -> jax.Array:
     """The number of steps that an optimizer has made, from the state of any chain around it.
 
     Args:
@@ -147,5 +147,5 @@ def named_tuples(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return found
 
 
-def _read(stored: Any) -> chex.Array:
+def _read(stored: Any) -> jax.Array:
     return storage.decode(stored, arithmetic_dtype(stored.dtype))

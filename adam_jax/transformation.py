@@ -105,4 +105,6 @@ def _argument(value: Any) -> str:
 def _text(tx: optax.GradientTransformation) -> str:
     if isinstance(tx, Transformation):
         return repr(tx)
-    return tx.update.__qualname__.split(".")[0]  # the function that made it, as Optax names them
+    return getattr(tx.update, "__qualname__", "?").split(".")[
+        0
+    ]  # the function that made it, as Optax names them

@@ -40,7 +40,7 @@ def format_of(
     return check_format(storage)
 
 
-def start(dtype: jax.typing.DTypeLike, leaf: Any, value: chex.Numeric) -> chex.Array:
+def start(dtype: jax.typing.DTypeLike, leaf: Any, value: chex.Numeric) -> jax.Array:
     """A moment before the first step."""
     return jnp.full_like(leaf, jnp.asarray(value).astype(dtype), dtype=dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,14 +14,14 @@ def default(leaf_dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
     return jnp.float32 if narrow else leaf_dtype
 
 
-def decode(stored: chex.Array, dtype: jax.typing.DTypeLike) -> chex.Array:
+def decode(stored: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The moment in the dtype of the arithmetic."""
     if jnp.iscomplexobj(stored) and not jnp.issubdtype(dtype, jnp.complexfloating):
         stored = stored.real  # nu of a complex leaf is real, but Optax stores it as complex
     return stored.astype(dtype)
 
 
-def encode(x: chex.Array, stored: chex.Array, key: chex.Array | None) -> chex.Array:
+def encode(x: jax.Array, stored: jax.Array, key: jax.Array | None) -> jax.Array:
     """x in the dtype of `stored`: rounded stochastically to bfloat16, where there is a key.
 
     To the nearest, an average would stop moving once (1 - b)·change is below half an ulp: at
@@ -33,7 +32,7 @@ def encode(x: chex.Array, stored: chex.Array, key: chex.Array | None) -> chex.Ar
     return x.astype(stored.dtype)
 
 
-def stochastic_bfloat16(x: chex.Array, bits: chex.Array) -> chex.Array:
+def stochastic_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     """float32 → bfloat16, up with the probability that makes it right on average."""
     pattern = jax.lax.bitcast_convert_type(x, jnp.uint32)
     rounded = (pattern + (bits & 0xFFFF)) & jnp.uint32(0xFFFF0000)

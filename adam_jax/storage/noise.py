@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import zlib
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,12 +14,12 @@ def path_key(path: str) -> int:
     return zlib.crc32(path.encode())
 
 
-def fold(key: chex.Array, moment: str, t: chex.Array) -> chex.Array:
+def fold(key: jax.Array, moment: str, t: jax.Array) -> jax.Array:
     """The key of one moment of a leaf at one step."""
     return _mix(_mix(key + jnp.uint32(path_key(moment))) ^ t.astype(jnp.uint32))
 
 
-def random_bits(key: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """32 random bits for each element, from its row and column in the whole array.
 
     They come from iotas, which a partitioner splits as it splits the array: an element draws the
@@ -34,7 +33,7 @@ def random_bits(key: chex.Array, shape: tuple[int, ...]) -> chex.Array:
     return _mix(_mix(row ^ key) + column * jnp.uint32(0x9E3779B1))
 
 
-def _mix(x: chex.Array) -> chex.Array:
+def _mix(x: jax.Array) -> jax.Array:
     """A bijection of 32-bit integers in which every input bit moves every output bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)

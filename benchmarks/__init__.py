@@ -1,0 +1,1 @@
+"""One command each: `python -m benchmarks.NAME` prints a table and writes its figures as JSON."""
