@@ -92,7 +92,7 @@ def ema(b: Decay | chex.Numeric, m: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.asarray(b.value * m + b.complement * x)
 
 
-def debias(m: jax.Array, b: Decay | chex.Numeric, t: chex.Numeric) -> jax.Array:
+def debias(m: chex.Numeric, b: Decay | chex.Numeric, t: chex.Numeric) -> jax.Array:
     """m / (1 - b^t): the average of t values of an `ema` that started at zero."""
     return m / -jnp.expm1(t * decay_rate(b).log)
 

@@ -36,8 +36,8 @@ def adam_eps_hat(g, mu, nu, *, t, b1, b2, eps):
     """Kingma & Ba (2015), end of section 2: ε̂ joins the uncorrected √nu, as in Keras."""
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
-    correction = sqrt(-jnp.expm1(t * b2.log))
-    return correction * debias(mu, b1, t) / (sqrt(nu) + eps), mu, nu
+    root_correction = sqrt(debias(1.0, b2, t))
+    return debias(mu, b1, t) / root_correction / (sqrt(nu) + eps), mu, nu
 
 
 def look_ahead(mu, g, b1, t):
