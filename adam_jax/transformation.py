@@ -11,6 +11,7 @@ from typing import Any, ParamSpec
 import optax
 
 from adam_jax import checks
+from adam_jax.documentation import complete
 
 P = ParamSpec("P")
 
@@ -79,6 +80,7 @@ def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation
     error carries the name of the function that the user called.
     """
     signature = inspect.signature(make)
+    make.__doc__ = complete(inspect.getdoc(make) or "", signature)
 
     @functools.wraps(make)
     @checks.naming(make.__name__)
