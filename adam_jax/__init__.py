@@ -2,6 +2,8 @@
 
 from adam_jax import rules, schedules
 from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
+from adam_jax.catalogue import catalogue
+from adam_jax.compare import compare
 from adam_jax.declare import positive, rule, signed
 from adam_jax.directions import (
     scale_by_adam,
@@ -68,8 +70,10 @@ __all__ = [
     "ademamix",
     "adopt",
     "amsgrad",
+    "catalogue",
     "cautious",
     "chain",
+    "compare",
     "debias",
     "ema",
     "from_rule",

@@ -1,16 +1,19 @@
-"""The command line: `python -m adam_jax train` trains a small network and shows what came of it."""
+"""The command line, `python -m adam_jax`: list the family, compare some of it, train a network."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from adam_jax import optimizers
+from adam_jax import tasks
+from adam_jax.catalogue import constructors, markdown, table
+from adam_jax.compare import compare
 from adam_jax.transformation import Transformation
 
 
@@ -25,21 +28,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = Parser(prog="python -m adam_jax", description="The Adam family for JAX.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_list(commands.add_parser("list", help="show the optimizers that there are"))
+    add_compare(commands.add_parser("compare", help="train with several of them on a small task"))
     add_train(commands.add_parser("train", help="train a small Flax classifier on digits"))
     args = parser.parse_args(argv)
     args.run(args)
     return 0
 
 
-def constructors() -> dict[str, Callable[..., Transformation]]:
-    """The optimizers by name: what takes a learning rate first."""
-    return {
-        name: make
-        for name, make in vars(optimizers).items()
-        if inspect.isfunction(make)
-        and not name.startswith("_")
-        and next(iter(inspect.signature(make).parameters), None) == "learning_rate"
-    }
+def add_list(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `list`."""
+    parser.description = "Shows every optimizer: its formula, state, purpose and paper."
+    parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    parser.set_defaults(run=lambda args: print(markdown() if args.markdown else table()))
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `compare`."""
+    parser.description = (
+        "Trains with each optimizer on a small task, at several learning rates from several seeds, "
+        "prints a table and draws the losses. The learning rate rises for a tenth of the steps and "
+        "falls to 0. On your own problem: adam_jax.compare(…)."
+    )
+    known = "; ".join(f"{name}: {task.about}" for name, task in tasks.TASKS.items())
+    positive = number(float, "> 0", lambda x: 0 < x < math.inf)
+    at_least_one = number(int, ">= 1", lambda n: n >= 1)
+    add = parser.add_argument
+    add(
+        "names",
+        nargs="+",
+        type=optimizer(constructors()),
+        metavar="NAME",
+        help="as `list` shows them",
+    )
+    add("--task", choices=tasks.TASKS, default="digits", help=f"{known} (default: digits)")
+    add("--steps", type=at_least_one, metavar="N", help="of each run (default: the task's)")
+    add("--learning-rates", type=positive, nargs="+", metavar="X", help="at their peak")
+    add("--seeds", type=at_least_one, metavar="N", help="how many (default: the task's)")
+    add("--plot", type=picture, default="adam_jax_compare.png", metavar="PATH", help="the picture")
+    parser.set_defaults(run=run_compare, parser=parser)
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -52,23 +79,36 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     positive = number(float, "> 0", lambda x: 0 < x < math.inf)
     from_zero = number(float, ">= 0", lambda x: 0 <= x < math.inf)
     add = parser.add_argument
-    names = ", ".join(constructors())
-    add("--optimizer", type=optimizer, default="adamw", metavar="NAME", help=f"one of {names}")
+    names = ", ".join(trainable())
+    kind = optimizer(trainable())
+    add("--optimizer", type=kind, default="adamw", metavar="NAME", help=f"one of {names}")
     add("--storage", metavar="FORMAT", help="how moments lie in memory, such as bfloat16")
     add("--steps", type=number(int, ">= 1", lambda n: n >= 1), default=1000, metavar="N")
-    add("--learning-rate", type=positive, default=5e-3, metavar="X", help="at its peak")
-    add("--weight-decay", type=from_zero, default=0.5, metavar="X", help="of the kernels")
+    add("--learning-rate", type=positive, default=2e-3, metavar="X", help="at its peak")
+    add("--weight-decay", type=from_zero, default=1.0, metavar="X", help="of the kernels")
     add("--seed", type=number(int, ">= 0", lambda n: n >= 0), default=0, metavar="N")
     add("--plot", type=picture, default="adam_jax_train.png", metavar="PATH", help="the picture")
     parser.set_defaults(run=train, parser=parser)
 
 
-def optimizer(name: str) -> str:
-    """The name of a constructor."""
-    if name not in constructors():
-        listed = ", ".join(constructors())
-        raise argparse.ArgumentTypeError(f"must be one of {listed}, got {name}")
-    return name
+def trainable() -> dict[str, Callable[..., Transformation]]:
+    """The constructors that take a schedule and mask their weight decay, as `train` wants them."""
+    return {
+        name: make
+        for name, make in constructors().items()
+        if "weight_decay_mask" in inspect.signature(make).parameters
+    }
+
+
+def optimizer(known: Collection[str]) -> Callable[[str], str]:
+    """A parser of the names of constructors."""
+
+    def parse(name: str) -> str:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}, got {name}")
+        return name
+
+    return parse
 
 
 def number(
@@ -99,20 +139,45 @@ def picture(text: str) -> Path:
     return path
 
 
+def run_compare(args: argparse.Namespace) -> None:
+    """Runs `compare`."""
+    task = tasks.TASKS[args.task]
+    steps = args.steps or task.steps
+    with needing_extra(args.parser):
+        comparison = compare(
+            {name: tasks.scheduled(constructors()[name], steps) for name in args.names},
+            init=task.init,
+            loss=task.loss,
+            batches=task.batches(steps),
+            learning_rates=args.learning_rates or task.learning_rates,
+            seeds=args.seeds or task.seeds,
+        )
+        print(f"\n{task.about}\n\n{comparison}")
+        comparison.plot().savefig(args.plot, dpi=150)
+    print(f"\nlosses: {args.plot}")
+
+
 def train(args: argparse.Namespace) -> None:
     """Runs `train`."""
     parser: argparse.ArgumentParser = args.parser
-    try:
+    with needing_extra(parser):
         from adam_jax import demo
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        parser.exit(2, f'{parser.prog} needs {package}: pip install "adam_jax[demo]"\n')
     recipe = demo.Recipe(args.steps, args.learning_rate, args.weight_decay, args.seed)
     try:
         tx = recipe.ours(constructors()[args.optimizer], args.storage)
     except ValueError as error:  # the library's own message, which says what there is
         parser.error(str(error))
     demo.run(recipe, f"adam_jax.{args.optimizer}", tx, args.plot)
+
+
+@contextlib.contextmanager
+def needing_extra(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """A missing package ends the program with the line that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        parser.exit(2, f'{parser.prog} needs {package}: pip install "adam_jax[demo]"\n')
 
 
 if __name__ == "__main__":

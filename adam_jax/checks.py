@@ -1,9 +1,10 @@
-"""What may be given, and the wording of every error: who, what, the value, what is allowed, the fix."""
+"""What may be given, and the wording of errors: who, what, the value, what is allowed, the fix."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -75,25 +76,56 @@ def allowed(name: str) -> Range | None:
 
 def hyperparam(name: str, value: Any) -> None:
     """Numbers must be in range; arrays, tracers and schedules can't be looked at."""
-    if isinstance(value, (int, float, np.floating, np.integer)):
+    if value is inspect.Parameter.empty:
+        raise TypeError(f"{who()}: the hyperparameter {name!r} has no default; give {name}=")
+    if isinstance(value, NUMBERS):
         span = allowed(name)
         if span and not span.holds(float(value)):
             raise ValueError(f"{who()}: {name} must be {span.text}, got {value}")
-    elif callable(value) or hasattr(value, "dtype"):
-        if getattr(value, "ndim", 0) != 0:
+    elif _is_schedule(value):
+        if name.startswith("initial"):
             raise ValueError(
-                f"{who()}: {name} must be a scalar, got an array of shape {value.shape}; "
-                f"for a value per leaf use optax.partition, for a population jax.vmap"
+                f"{who()}: {name} cannot be a schedule, because it is used once, in init; "
+                f"give a number"
             )
-    else:
+    elif not _is_real_array(value):
         raise TypeError(
             f"{who()}: {name} must be a number, a scalar array or a schedule, got {value!r}"
         )
+    elif value.ndim != 0:
+        raise ValueError(
+            f"{who()}: {name} must be a scalar, got an array of shape {value.shape}; "
+            f"for a value per leaf use optax.partition, for a population jax.vmap"
+        )
+
+
+def scheduled(name: str, value: Any) -> None:
+    """What a schedule returned must be a scalar."""
+    if isinstance(value, NUMBERS) or (_is_real_array(value) and value.ndim == 0):
+        return
+    got = f"an array of shape {value.shape}" if _is_real_array(value) else repr(value)
+    raise TypeError(f"{who()}: the schedule of {name} must return a scalar, got {got}")
+
+
+NUMBERS = (int, float, np.floating, np.integer)
+
+
+def _is_schedule(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type) and not hasattr(value, "dtype")
+
+
+def _is_real_array(value: Any) -> bool:
+    dtype = None if isinstance(value, type) else getattr(value, "dtype", None)
+    return dtype is not None and (
+        jnp.issubdtype(dtype, jnp.floating)
+        or jnp.issubdtype(dtype, jnp.integer)
+        or jnp.issubdtype(dtype, jnp.bool_)
+    )
 
 
 def choice(name: str, value: Any, options: Iterable[str]) -> None:
     options = list(options)
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         listed = ", ".join(repr(o) for o in options)
         raise ValueError(f"{who()}: {name} must be one of {listed}, got {value!r}")
 
@@ -115,8 +147,8 @@ def leaf(what: str, path: tuple[Any, ...], x: Any) -> None:
         return
     kind = "a PRNG key" if _is_key(dtype) else f"of type {dtype or type(x).__name__}"
     raise TypeError(
-        f"{who()}: {what} {path_string(path)!r} is {kind}, which has no gradient to follow; keep it "
-        f"out of the optimizer, e.g. with optax.masked or optax.partition, or make it floating point"
+        f"{who()}: {_at(what, path)} is {kind}, which has no gradient to follow; keep it "
+        f"out of the optimizer, e.g. with optax.masked or optax.partition, or make it a float"
     )
 
 
@@ -124,10 +156,20 @@ def _is_key(dtype: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
+def _at(what: str, path: tuple[Any, ...]) -> str:
+    """'the gradient of' with the leaf's path, which a tree of one leaf has not."""
+    return f"{what} {path_string(path)!r}" if path else what.removesuffix(" of")
+
+
 def _equal_shapes(path: tuple[Any, ...], gradient: Any, what: str, other: Any) -> None:
+    if not isinstance(other, (*NUMBERS, complex)) and not hasattr(other, "shape"):
+        raise ValueError(
+            f"{who()}: {_at('the gradient of', path)} is one array, its {what} is a "
+            f"{type(other).__name__}; pass the tree that init was given"
+        )
     if np.shape(gradient) != np.shape(other):
         raise ValueError(
-            f"{who()}: the gradient of {path_string(path)!r} has shape {np.shape(gradient)}, its "
+            f"{who()}: {_at('the gradient of', path)} has shape {np.shape(gradient)}, its "
             f"{what} {np.shape(other)}; they must be equal (nothing is broadcast)"
         )
 
@@ -136,13 +178,13 @@ def moment(path: tuple[Any, ...], gradient: Any, name: str, declared: Moment, st
     """A stored moment must fit the gradient of its leaf."""
     if stored is None:
         raise ValueError(
-            f"{who()}: {path_string(path)!r} has a gradient but no {name} in the state; "
+            f"{who()}: {_at('the parameter', path)} has a gradient but no {name} in the state; "
             f"it was None when init was called: make the state anew"
         )
     _equal_shapes(path, gradient, name, stored)
     if declared.signed and jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(stored):
         raise ValueError(
-            f"{who()}: {name} of the complex leaf {path_string(path)!r} is stored as {stored.dtype} "
+            f"{who()}: {_at(f'{name} of the complex leaf', path)} is stored as {stored.dtype} "
             f"and would lose its imaginary part; choose a complex dtype, or none"
         )
 
@@ -150,9 +192,10 @@ def moment(path: tuple[Any, ...], gradient: Any, name: str, declared: Moment, st
 def parameter(path: tuple[Any, ...], gradient: Any, p: Any, rule: Rule) -> None:
     """A rule that uses the parameters needs them, with the gradients' shapes."""
     if p is None:
+        needy = "weight_decay" if "weight_decay" in rule.hyperparams else rule.name
         raise ValueError(
-            f"{who()}: {rule.name} needs the parameters, and {path_string(path)!r} has none; "
-            f"call update(gradients, state, params)"
+            f"{who()}: {needy} needs the parameters, and {_at('the gradient of', path)} came "
+            f"without one; call update(gradients, state, params)"
         )
     _equal_shapes(path, gradient, "parameter", p)
 
@@ -166,10 +209,13 @@ def outputs(rule: Rule, u: Any, old: Sequence[Any], direction: Any, new: Sequenc
         )
     named = zip(("direction", *rule.moments), (u, *old), (direction, *new), strict=True)
     for name, before, after in named:
-        if np.shape(before) != np.shape(after) or before.dtype != getattr(after, "dtype", None):
+        want = f"shape {before.shape} and dtype {before.dtype}"
+        if not hasattr(after, "dtype") or not hasattr(after, "shape"):
+            raise ValueError(f"rule {rule.name}: the {name} must have {want}, got {after!r}")
+        if before.shape != after.shape or before.dtype != after.dtype:
             raise ValueError(
-                f"rule {rule.name}: the {name} must have shape {before.shape} and dtype "
-                f"{before.dtype}, got {jnp.shape(after)} and {jnp.result_type(after)}"
+                f"rule {rule.name}: the {name} must have {want}, "
+                f"got {after.shape} and {after.dtype}"
             )
 
 
@@ -191,7 +237,8 @@ def structure(what: str, gradients: Any, tree: Any) -> ValueError:
 
 
 def _paths(tree: Any) -> set[str]:
-    return {path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_string(path) or "one array" for path, _ in leaves}
 
 
 def states(state: Any, expected: Sequence[type[Any]], bare: bool) -> None:
@@ -199,7 +246,8 @@ def states(state: Any, expected: Sequence[type[Any]], bare: bool) -> None:
     got = [state] if bare else state
     if isinstance(got, (tuple, list)) and len(got) == len(expected):
         inner = [s.inner_state if isinstance(s, optax.MaskedState) else s for s in got]
-        if all(set(e._fields) == set(getattr(s, "_fields", "?")) for s, e in zip(inner, expected)):
+        fields = [set(getattr(s, "_fields", "?")) for s in inner]
+        if fields == [set(e._fields) for e in expected]:
             return
     made = ", ".join(e.__name__ for e in expected)
     raise ValueError(
@@ -228,10 +276,11 @@ def one_mask(mask: Any, weight_decay_mask: Any) -> Any:
 
 
 def only_eps(eps_root: Any, nesterov: bool) -> None:
-    if nesterov or not (isinstance(eps_root, (int, float)) and eps_root == 0):
+    looks_at = not isinstance(eps_root, jax.core.Tracer)  # inject_hyperparams traces it
+    if nesterov or callable(eps_root) or (looks_at and eps_root != 0):
         raise ValueError(
-            f"{who()}: eps_hat=True has neither eps_root nor nesterov, "
-            f"got eps_root={eps_root}, nesterov={nesterov}"
+            f"{who()}: eps_hat=True has neither eps_root nor nesterov, got eps_root={eps_root}, "
+            f"nesterov={nesterov}; leave them out, or eps_hat"
         )
 
 

@@ -8,12 +8,12 @@ ARGUMENTS = {
     "weight_decay": "λ ≥ 0, or a schedule of the step count; None for none.",
     "weight_decay_mask": """a tree of bools, a prefix of one, or a function of the parameters that
     gives one, such as `not_matching('bias')`: which leaves are decayed.""",
-    "weight_decay_form": """"decoupled": η·λ·p, as in PyTorch and Optax; "independent": λ·p, whatever
-    η; "cautious": only where the step, too, shrinks the weight; "proximal": p/(1 + ηλ) after the
-    step; "l2": λ·p added to the gradient.""",
+    "weight_decay_form": """"decoupled": η·λ·p, as in PyTorch and Optax; "independent": λ·p, for
+    any η; "cautious": only where the step, too, shrinks the weight; "proximal": p/(1 + ηλ) after
+    the step; "l2": λ·p added to the gradient.""",
     "cautious": "drop what of the direction points against the gradient; see `cautious`.",
-    "storage": """what the moments are kept in: "float32", "bfloat16", a dtype, {moment: either}, or a
-    function (path, leaf) of these. None: the parameter's dtype, float32 for float16.""",
+    "storage": """what the moments are kept in: "float32", "bfloat16", a dtype, {moment: either}, or
+    a function (path, leaf) of these. None: the parameter's dtype, float32 for float16.""",
     "implementation": """how a leaf's step is executed: "auto" or "xla".""",
 }
 

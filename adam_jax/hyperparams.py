@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,15 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_jax import checks
-from adam_jax.arithmetic import decay_rate
+from adam_jax.arithmetic import Decay, decay_rate
 
 
 def operands(hyperparams: Mapping[str, Any], count: jax.Array | None) -> dict[str, Any]:
     """The values for one step: schedules are evaluated at the count of steps already made."""
     return {
-        name: _operand(name, value(count) if callable(value) else value)
+        name: _operand(name, _scheduled(name, value, count) if callable(value) else value)
         for name, value in hyperparams.items()
     }
+
+
+def _scheduled(name: str, schedule: Callable[..., Any], count: jax.Array | None) -> Any:
+    value = schedule(count)
+    if not isinstance(value, Decay):  # which our own schedules of a rate return, with its digits
+        checks.scheduled(name, value)
+    return value
 
 
 def _operand(name: str, value: Any) -> Any:

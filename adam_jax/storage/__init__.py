@@ -58,40 +58,48 @@ def check(storage: Storage, moments: Collection[str]) -> None:
         for name, format in storage.items():
             if name not in moments:
                 raise ValueError(
-                    f"{checks.who()}: storage names the moment {name!r}; it has {', '.join(moments) or 'none'}"
+                    f"{checks.who()}: storage names the moment {name!r}; "
+                    f"it has {', '.join(moments) or 'none'}"
                 )
-            check(format, moments)
+            if format is not None:
+                check_format(format)
     elif storage is not None:
         check_format(storage)
 
 
 def check_format(storage: Any) -> jax.typing.DTypeLike:
     """The dtype of a format given by name or dtype."""
-    listed = ", ".join(repr(f) for f in FORMATS)
-    try:
-        dtype = jnp.dtype(storage)
-    except TypeError:
+    dtype = _floating(storage)
+    if dtype is None:
+        listed = ", ".join(repr(f) for f in FORMATS)
         raise ValueError(
-            f"{checks.who()}: storage must be one of {listed}, a floating-point dtype, a mapping from "
-            f"moments to these or a function (path, leaf), got {storage!r}"
-        ) from None
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(f"{checks.who()}: storage must be one of {listed}, got {storage!r}")
+            f"{checks.who()}: storage must be one of {listed}, a floating-point dtype, a mapping "
+            f"from moments to these or a function (path, leaf) of these, got {storage!r}"
+        )
     return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def _floating(x: Any) -> Any:
+    """x as a floating-point or complex dtype; None where it is none."""
+    try:
+        dtype = jnp.dtype(x)
+    except (TypeError, ValueError):
+        return None
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else None
 
 
 def with_dtype(storage: Storage, moment: str, argument: str, dtype: Any) -> Storage:
     """`storage` with Optax's mu_dtype (or accumulator_dtype) merged in."""
     if dtype is None:
         return storage
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    asked, dtype = dtype, _floating(dtype)
+    if dtype is None:
         raise ValueError(
-            f"{checks.who()}: {argument} must be a floating-point dtype, got {dtype}; a moment cannot be "
-            f"rounded to integers by itself: choose a format with storage= ({', '.join(FORMATS)})"
+            f"{checks.who()}: {argument} must be a floating-point dtype, got {asked!r}; "
+            f"for other formats use storage= ({', '.join(FORMATS)})"
         )
     given = storage.get(moment) if isinstance(storage, Mapping) else storage
-    if given is not None and (_is_function(given) or jnp.dtype(given) != dtype):
+    if given is not None and (_is_function(given) or check_format(given) != dtype):
         raise ValueError(
             f"{checks.who()}: {argument}={dtype} conflicts with storage={storage!r}; "
             f"drop {argument} and write storage={{{moment!r}: {dtype.name!r}, ...}}"

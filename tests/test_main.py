@@ -1,0 +1,134 @@
+"""The command line: `python -m adam_jax train`, what it writes and what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adam_jax
+from adam_jax.__main__ import main
+
+
+def train(*options: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user does, in a process of its own with warnings as errors."""
+    command = [sys.executable, "-W", "error", "-m", "adam_jax", "train", *options]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a bad command line is answered: one line on stderr, exit code 2."""
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1 and err.startswith("python -m adam_jax")
+    return err
+
+
+def size_of_png(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+def test_the_default_run(tmp_path):
+    done = train("--plot", str(tmp_path / "p.png"))
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"^(\S+adamw) +([\d.]+)% +([\d.]+) ms +([\d,]+) bytes", done.stdout, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["optax.adamw", "adam_jax.adamw"]
+    reference, ours = ([float(x.replace(",", "")) for x in row[1:]] for row in rows)
+    assert ours[0] >= 97
+    assert abs(ours[0] - reference[0]) <= 1
+    assert ours[2] == reference[2]  # bytes of state
+    assert "1000/1000" in done.stderr and "loss=" in done.stderr and "accuracy=" in done.stderr
+    assert str(tmp_path / "p.png") in done.stdout
+    assert min(size_of_png(tmp_path / "p.png")) >= 600
+
+
+def test_options(tmp_path):
+    path = tmp_path / "p.png"
+    options = "--optimizer nadam --storage bfloat16 --steps 7 --learning-rate 0.01 --seed 3"
+    done = train(*options.split(), "--weight-decay", "0", "--plot", str(path))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"adam_jax\.nadam .*\(4\.00/parameter\)", done.stdout)
+    assert path.exists()
+
+
+def test_the_losses_overlap():
+    code = """if True:
+        import numpy as np
+        from adam_jax import adamw, demo
+        recipe = demo.Recipe(steps=200, learning_rate=2e-3, weight_decay=1.0, seed=1)
+        pair = recipe.reference(), recipe.ours(adamw, None)
+        reference, ours = (demo.train(recipe, tx, "run").losses for tx in pair)
+        assert reference[-1] < 0.5 * reference[0]
+        np.testing.assert_allclose(ours, reference, rtol=1e-3)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_unknown_optimizer(capsys):
+    err = complaint(capsys, "train", "--optimizer", "foo")
+    assert "got foo" in err
+    assert all(name in err for name in ("adam,", "adamw,", "nadam,", "amsgrad,", "sgd,"))
+
+
+def test_unknown_storage(capsys):
+    err = complaint(capsys, "train", "--storage", "foo")
+    assert "storage must be one of" in err and "'bfloat16'" in err and "'foo'" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--learning-rate", "-1", "must be a number > 0, got -1"),
+        ("--learning-rate", "nan", "must be a number > 0, got nan"),
+        ("--learning-rate", "fast", "must be a number > 0, got fast"),
+        ("--weight-decay", "-0.1", "must be a number >= 0, got -0.1"),
+        ("--weight-decay", "inf", "must be a number >= 0, got inf"),
+        ("--steps", "0", "must be an integer >= 1, got 0"),
+        ("--steps", "1.5", "must be an integer >= 1, got 1.5"),
+        ("--seed", "-1", "must be an integer >= 0, got -1"),
+        ("--plot", "p.txt", "must end in .png, .pdf or .svg, got p.txt"),
+        ("--plot", "nowhere/p.png", "there is no directory nowhere"),
+    ],
+)
+def test_bad_values(capsys, option, value, said):
+    assert complaint(capsys, "train", option, value).endswith(f"{option}: {said}\n")
+
+
+def test_unknown_command_and_option(capsys):
+    assert "train" in complaint(capsys, "foo")
+    assert "COMMAND" in complaint(capsys)
+    assert "--bogus" in complaint(capsys, "train", "--bogus")
+
+
+@pytest.mark.parametrize("package", ["flax", "sklearn", "matplotlib", "tqdm"])
+def test_a_demo_dependency_is_missing(capsys, monkeypatch, package):
+    for module in [m for m in sys.modules if m.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, "adam_jax.demo", raising=False)
+    monkeypatch.delattr(adam_jax, "demo", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Without(package), *sys.meta_path])
+    err = complaint(capsys, "train")
+    assert err == f'python -m adam_jax train needs {package}: pip install "adam_jax[demo]"\n'
+
+
+class Without:
+    """An importer that denies that a package is installed."""
+
+    def __init__(self, package: str):
+        self.package = package
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
