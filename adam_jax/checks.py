@@ -123,6 +123,26 @@ def _is_real_array(value: Any) -> bool:
     )
 
 
+def arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> inspect.BoundArguments:
+    """The arguments of a call by their names."""
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{who()}: {error}; its arguments are {', '.join(signature.parameters)}"
+        ) from None
+
+
+def a_rule(caller: str, rule: Any, kind: type[Any]) -> None:
+    if not isinstance(rule, kind):
+        raise TypeError(
+            f"{caller}: needs a rule, got {rule!r}; declare one with @adam_jax.rule, or take one "
+            f"of adam_jax.rules"
+        )
+
+
 def choice(name: str, value: Any, options: Iterable[str]) -> None:
     options = list(options)
     if not isinstance(value, str) or value not in options:
@@ -200,13 +220,28 @@ def parameter(path: tuple[Any, ...], gradient: Any, p: Any, rule: Rule) -> None:
     _equal_shapes(path, gradient, "parameter", p)
 
 
+def returned(rule: Rule, out: Any) -> None:
+    """A rule with moments must return a tuple of its direction and them."""
+    wanted = ("direction", *rule.moments)
+    if not isinstance(out, tuple) or len(out) != len(wanted):
+        got = f"{len(out)} values" if isinstance(out, tuple) else f"a {type(out).__name__}"
+        raise ValueError(
+            f"rule {rule.name}: must return the tuple ({', '.join(wanted)}), returned {got}"
+        )
+
+
+def averaged(rule: Rule, direction: Any) -> None:
+    """A rule with a factor must return what it averages beside its direction."""
+    wanted = len(inspect.signature(rule.factor).parameters) if rule.factor else 0
+    if not isinstance(direction, tuple) or len(direction) != 1 + wanted:
+        raise ValueError(
+            f"rule {rule.name}: with a factor of {wanted} arguments the direction must be a tuple "
+            f"(direction, {', '.join(['x'] * wanted)}), got a {type(direction).__name__}"
+        )
+
+
 def outputs(rule: Rule, u: Any, old: Sequence[Any], direction: Any, new: Sequence[Any]) -> None:
     """A rule must return a direction and its moments, shaped and typed as they came."""
-    if len(old) != len(new):
-        raise ValueError(
-            f"rule {rule.name}: must return the direction and {len(old)} moments "
-            f"({', '.join(rule.moments) or 'none'}), returned {len(new)} moments"
-        )
     named = zip(("direction", *rule.moments), (u, *old), (direction, *new), strict=True)
     for name, before, after in named:
         want = f"shape {before.shape} and dtype {before.dtype}"
@@ -241,15 +276,20 @@ def _paths(tree: Any) -> set[str]:
     return {path_string(path) or "one array" for path, _ in leaves}
 
 
-def states(state: Any, expected: Sequence[type[Any]], bare: bool) -> None:
+def states(state: Any, expected: Sequence[type[Any]], masked: Sequence[bool], bare: bool) -> None:
     """A state must be what this optimizer's init makes, at least in its outline."""
     got = [state] if bare else state
     if isinstance(got, (tuple, list)) and len(got) == len(expected):
-        inner = [s.inner_state if isinstance(s, optax.MaskedState) else s for s in got]
+        inner = [
+            getattr(s, "inner_state", None) if m else s for s, m in zip(got, masked, strict=True)
+        ]
         fields = [set(getattr(s, "_fields", "?")) for s in inner]
         if fields == [set(e._fields) for e in expected]:
             return
-    made = ", ".join(e.__name__ for e in expected)
+    made = ", ".join(
+        f"MaskedState({e.__name__})" if m else e.__name__
+        for e, m in zip(expected, masked, strict=True)
+    )
     raise ValueError(
         f"{who()}: this state is not of its making: got {_outline(state)}, init makes "
         f"{made if bare else f'({made})'}; use the state of the same optimizer, or make a new one"
@@ -259,7 +299,18 @@ def states(state: Any, expected: Sequence[type[Any]], bare: bool) -> None:
 def _outline(state: Any) -> str:
     if type(state) is tuple:
         return f"({', '.join(map(_outline, state))})"
+    if isinstance(state, optax.MaskedState):
+        return f"MaskedState({_outline(state.inner_state)})"
     return type(state).__name__
+
+
+def mask(given: Any, gradients: Any, kind: type[Exception] = ValueError) -> Exception:
+    """The error for a mask that is not a tree of bools that the gradients' tree begins with."""
+    return kind(
+        f"{who()}: the mask of weight_decay, {given!r}, must be a tree of bools with the "
+        f"gradients' structure or a prefix of it, or a function that returns one, such as "
+        f"adam_jax.not_matching('bias'); the gradients have {jax.tree.structure(gradients)}"
+    )
 
 
 def no_step_count(name: str, state: type[Any]) -> None:

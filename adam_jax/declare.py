@@ -91,6 +91,12 @@ def rule(
         parameters = inspect.signature(step).parameters.values()
         positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        for name, moment in moments.items():
+            if not isinstance(moment, Moment) or name == "count" or name.startswith("_"):
+                raise TypeError(
+                    f"rule {step.__name__}: {name}={moment!r} is no moment; declare it as signed "
+                    f"or positive, by a name other than count (which the state has) or _name"
+                )
         if positional[1:] != list(moments):
             raise TypeError(
                 f"rule {step.__name__}: the arguments after the gradient must be the declared "

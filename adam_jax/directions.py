@@ -47,6 +47,7 @@ def scale_by_rule(
     >>> import adam_jax
     >>> tx = scale_by_rule(adam_jax.rules.adam, b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0)
     """
+    checks.a_rule("scale_by_rule", rule, Rule)
     with checks.naming(rule.name):
         return lift(
             [link(rule, hyperparams, formats=storage)], implementation, rule.name, bare=True
@@ -429,18 +430,19 @@ def trace(
     >>> tx = trace(0.9, nesterov=True)
     """
     storage = with_dtype(storage, "trace", "accumulator_dtype", accumulator_dtype)
-    return lift([momentum_link(decay, nesterov, storage)], implementation, "trace", bare=True)
+    return lift([_trace(decay, nesterov, storage)], implementation, "trace", bare=True)
 
 
 def momentum_link(momentum: chex.Numeric | None, nesterov: bool, storage: Storage) -> Link:
-    if momentum is None:
-        return link(rules.identity, {})
-    return link(
-        rules.trace,
-        {"decay": momentum, "nesterov": nesterov},
-        formats=storage,
-        state=optax.TraceState,
-    )
+    """The momentum of `sgd` and `rmsprop`, or a link that does nothing."""
+    if callable(momentum):
+        checks.no_step_count("momentum", optax.TraceState)
+    return link(rules.identity, {}) if momentum is None else _trace(momentum, nesterov, storage)
+
+
+def _trace(decay: chex.Numeric, nesterov: bool, storage: Storage) -> Link:
+    given = {"decay": decay, "nesterov": nesterov}
+    return link(rules.trace, given, formats=storage, state=optax.TraceState)
 
 
 def _direction(

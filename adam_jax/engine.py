@@ -114,7 +114,8 @@ class Chain:
         `beside` holds the gradients, where `updates` are another transformation's direction.
         """
         del extra
-        checks.states(state, [each.state for each in self.links], self.bare)
+        masked = [each.mask is not None for each in self.links]
+        checks.states(state, [each.state for each in self.links], masked, self.bare)
         states: Sequence[Any] = (state,) if self.bare else state  # type: ignore[assignment]
         inner = [s.inner_state if each.mask is not None else s for each, s in self._with(states)]
         gradients, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_none)
@@ -236,14 +237,19 @@ def _flags(mask: Any, updates: optax.Updates) -> list[bool] | None:
     """Optax's mask, a prefix tree or a function of the updates, as one flag for each leaf."""
     if mask is None:
         return None
-    mask = mask(updates) if callable(mask) else mask
-    spread = jax.tree.map(
-        lambda flag, subtree: jax.tree.map(lambda _: bool(flag), subtree, is_leaf=_is_none),
-        mask,
-        updates,
-        is_leaf=_is_none,
-    )
-    return jax.tree.leaves(spread)
+    tree = mask(updates) if callable(mask) else mask
+    flags: list[bool] = []
+
+    def spread(flag: Any, subtree: Any) -> None:
+        if not (flag is None or isinstance(flag, (bool, np.bool_, jax.Array))):
+            raise checks.mask(mask, updates, TypeError)
+        flags.extend([bool(flag)] * len(jax.tree.leaves(subtree, is_leaf=_is_none)))
+
+    try:
+        jax.tree.map(spread, tree, updates, is_leaf=_is_none)
+    except ValueError:
+        raise checks.mask(mask, updates) from None
+    return flags
 
 
 def _is_none(x: Any) -> bool:
@@ -297,8 +303,11 @@ def leaf(
 def _apply(rule: Rule, u: jax.Array, moments: Sequence[jax.Array], **keywords: Any) -> Any:
     """A rule's direction, with its factor, and its new moments."""
     out = rule.step(u, *moments, **keywords)
+    if rule.moments:
+        checks.returned(rule, out)
     direction, *new = out if rule.moments else (out,)
     if rule.factor is not None:
+        checks.averaged(rule, direction)
         direction, *averaged = direction
         direction = direction * rule.factor(*(jnp.mean(x) for x in averaged))
     checks.outputs(rule, u, moments, direction, new)

@@ -40,7 +40,7 @@ from adam_jax.directions import (
 from adam_jax.engine import Link, lift, link
 from adam_jax.schedules import ademamix_warmup
 from adam_jax.states import WeightDecaySchedule
-from adam_jax.storage import Storage, with_dtype
+from adam_jax.storage import Storage, split, with_dtype
 from adam_jax.transformation import Transformation, constructor
 
 Mask: TypeAlias = Any | Callable[[optax.Params], Any] | None
@@ -82,6 +82,7 @@ def from_rule(
     >>> from_rule(sign_momentum, 1e-3, b1=0.95)
     sign_momentum(learning_rate=0.001, b1=0.95)
     """
+    checks.a_rule("from_rule", rule, Rule)
     direction = scale_by_rule(rule, storage=storage, **hyperparams)
     wd = (weight_decay, weight_decay_mask, weight_decay_form)
     with checks.naming(rule.name):
@@ -473,18 +474,13 @@ def rmsprop(
 
     >>> tx = rmsprop(1e-3, decay=0.99, momentum=0.9)
     """
+    of_direction, of_trace = split(storage, ("mu", "nu"), ("trace",))
     direction = (scale_by_stddev if centered else scale_by_rms)(
-        decay, eps, initial_scale, eps_in_sqrt, bias_correction, storage=storage
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction, storage=of_direction
     )
+    after = [momentum_link(momentum, nesterov, of_trace)]
     wd = (weight_decay, weight_decay_mask, weight_decay_form)
-    return _optimizer(
-        direction,
-        learning_rate,
-        wd,
-        cautious,
-        implementation,
-        [momentum_link(momentum, nesterov, storage)],
-    )
+    return _optimizer(direction, learning_rate, wd, cautious, implementation, after)
 
 
 @constructor

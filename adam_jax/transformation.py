@@ -85,7 +85,7 @@ def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation
     @functools.wraps(make)
     @checks.naming(make.__name__)
     def checked(*args: P.args, **kwargs: P.kwargs) -> Transformation:
-        bound = signature.bind(*args, **kwargs)
+        bound = checks.arguments(signature, args, kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
             if checks.allowed(name) and value is not None:

@@ -1,4 +1,4 @@
-"""What the papers say about these methods, as facts that can be run (shared evidence, section 6)."""
+"""What the papers say about these methods, as facts that can be run."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_reddi_theorem_1(c):
 
 
 def test_weight_decay_forms():
-    """L2 enters the moments; decoupled is scaled by η; independent is not; cautious only shrinks."""
+    """L2 enters the moments; decoupled is scaled by η; independent not; cautious only shrinks."""
     p, g = jnp.array([2.0, -2.0]), jnp.array([0.5, 0.5])
 
     def step(form, learning_rate):

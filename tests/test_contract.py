@@ -373,7 +373,7 @@ def constructor(name):
 
 @every_rule
 def test_changing_a_value_never_retraces(name):
-    """Eagerly, with a new optimizer for each value, and under inject_hyperparams, which makes one."""
+    """Eagerly, with a new optimizer for each value, and under inject_hyperparams."""
     params, grads = tree(0), tree(1)
     given = {"learning_rate": 1e-2, "weight_decay": 0.1, **numbers(name)}
     injected = optax.inject_hyperparams(constructor(name))(**given)

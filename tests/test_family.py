@@ -15,14 +15,9 @@ from test_contract import gradients_with_everything, run_twin
 
 import adam_jax
 from adam_jax import rules
+from adam_jax.catalogue import constructors
 
-FINISHED = {
-    name: getattr(adam_jax, name)
-    for name in (
-        "adabelief adam adam_atan2 adamax adamaxw adamw adan ademamix adopt amsgrad lamb laprop lion "
-        "nadam nadamw radam rmsprop sgd simplified_ademamix stable_adamw yogi"
-    ).split()
-}
+FINISHED = {k: make for k, make in constructors().items() if k != "schedule_free_adamw"}
 every_optimizer = pytest.mark.parametrize("name", FINISHED)
 
 
@@ -227,7 +222,7 @@ def test_a_small_network_learns(name):
 
 
 def reddi(tx, steps=20_000, c=101.0):
-    """Reddi et al. (2018), section 3, stochastic in time: f_t = 1010x every 101st step, else -10x."""
+    """Reddi et al. (2018), section 3: f_t = 1010x every 101st step, else -10x."""
 
     def step(carry, t):
         x, state = carry

@@ -108,6 +108,14 @@ def with_dtype(storage: Storage, moment: str, argument: str, dtype: Any) -> Stor
     return storage if given is not None else {**rest, moment: dtype}
 
 
+def split(storage: Storage, *groups: Collection[str]) -> list[Storage]:
+    """`storage` for each group of moments, where an optimizer has several rules with moments."""
+    if not isinstance(storage, Mapping):
+        return [storage] * len(groups)
+    check(storage, [name for group in groups for name in group])
+    return [{name: f for name, f in storage.items() if name in group} for group in groups]
+
+
 def _is_dtype(x: Any) -> bool:
     return isinstance(x, type) or hasattr(x, "dtype")
 
