@@ -94,7 +94,7 @@ def ema(b: Decay | chex.Numeric, m: jax.Array, x: jax.Array) -> jax.Array:
 
 def debias(m: chex.Numeric, b: Decay | chex.Numeric, t: chex.Numeric) -> jax.Array:
     """m / (1 - b^t): the average of t values of an `ema` that started at zero."""
-    return m / -jnp.expm1(t * decay_rate(b).log)
+    return jnp.asarray(m / -jnp.expm1(t * decay_rate(b).log))
 
 
 def abs_sq(x: jax.Array) -> jax.Array:

@@ -327,8 +327,8 @@ def one_mask(mask: Any, weight_decay_mask: Any) -> Any:
 
 
 def only_eps(eps_root: Any, nesterov: bool) -> None:
-    looks_at = not isinstance(eps_root, jax.core.Tracer)  # inject_hyperparams traces it
-    if nesterov or callable(eps_root) or (looks_at and eps_root != 0):
+    # an array may be the 0 that inject_hyperparams made of the default
+    if nesterov or callable(eps_root) or (isinstance(eps_root, NUMBERS) and eps_root != 0):
         raise ValueError(
             f"{who()}: eps_hat=True has neither eps_root nor nesterov, got eps_root={eps_root}, "
             f"nesterov={nesterov}; leave them out, or eps_hat"
