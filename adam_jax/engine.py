@@ -114,92 +114,113 @@ class Chain:
         `beside` holds the gradients, where `updates` are another transformation's direction.
         """
         del extra
-        masked = [each.mask is not None for each in self.links]
-        checks.states(state, [each.state for each in self.links], masked, self.bare)
-        states: Sequence[Any] = (state,) if self.bare else state  # type: ignore[assignment]
-        inner = [s.inner_state if each.mask is not None else s for each, s in self._with(states)]
-        gradients, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_none)
-
-        def leaves(what: str, tree: Any) -> list[Any]:
-            try:
-                return treedef.flatten_up_to(tree)
-            except ValueError:
-                raise checks.structure(what, updates, tree) from None
-
-        moments = [
-            [leaves("state", getattr(s, name)) for name in each.rule.moments]
-            for each, s in self._with(inner)
-        ]
-        parameters = [None] * len(gradients) if params is None else leaves("parameters", params)
-        originals = [None] * len(gradients) if beside is None else leaves("gradients", beside)
-        masks = [_flags(each.mask, updates) for each in self.links]
-        steps = [_step(each, s) for each, s in self._with(inner)]
+        states = self._own(state)
+        steps = [_step(link, s) for link, s in zip(self.links, states, strict=True)]
         scalars, layout = hyperparams.pack([(step.t, step.operands) for step in steps])
-
-        directions = []
-        for i, (path, gradient) in enumerate(gradients):
-            stages = tuple(
-                (each.rule, each.options) if mask is None or mask[i] else None
-                for each, mask in zip(self.links, masks, strict=True)
+        tree = _Tree(updates)
+        moments = self._moments(tree, states)
+        stepped = [
+            self._step_leaf(path, u, g, p, stored, stages, scalars, layout)
+            for (path, u), g, p, stored, stages in zip(
+                tree.leaves,
+                tree.like("gradients", beside),
+                tree.like("parameters", params),
+                moments,
+                self._stages(tree),
+                strict=True,
             )
-            stored = [tuple(column[i] for column in columns) for columns in moments]
-            direction, written = self._step_leaf(
-                path, gradient, originals[i], parameters[i], stored, scalars, stages, layout
-            )
-            directions.append(direction)
-            for columns, new in zip(moments, written, strict=True):
-                for column, moment in zip(columns, new, strict=True):
-                    column[i] = moment
-
-        new = [
-            s._replace(
-                **step.counts,
-                **dict(zip(each.rule.moments, map(treedef.unflatten, columns), strict=True)),
-            )
-            for (each, s), step, columns in zip(self._with(inner), steps, moments, strict=True)
         ]
-        new = [optax.MaskedState(s) if each.mask is not None else s for each, s in self._with(new)]
-        return treedef.unflatten(directions), new[0] if self.bare else tuple(new)
+        directions = tree.with_leaves([direction for direction, _ in stepped])
+        return directions, self._next(tree, states, steps, [written for _, written in stepped])
 
-    def _with(self, states: Sequence[Any]) -> list[tuple[Link, Any]]:
-        return list(zip(self.links, states, strict=True))
+    def _own(self, state: Any) -> list[Any]:
+        """The state of each link, out of the masks around them."""
+        masked = [link.mask is not None for link in self.links]
+        checks.states(state, [link.state for link in self.links], masked, self.bare)
+        states = [state] if self.bare else state
+        return [s.inner_state if m else s for s, m in zip(states, masked, strict=True)]
+
+    def _moments(self, tree: _Tree, states: Sequence[Any]) -> list[tuple[tuple[Any, ...], ...]]:
+        """For each leaf, for each link, its moments as they are stored."""
+        per_link = [
+            zip(*(tree.like("state", getattr(s, name)) for name in link.rule.moments), strict=True)
+            if link.rule.moments
+            else [()] * len(tree.leaves)
+            for link, s in zip(self.links, states, strict=True)
+        ]
+        return list(zip(*per_link, strict=True))
+
+    def _stages(self, tree: _Tree) -> list[Stages]:
+        """For each leaf, the rules that act on it."""
+        per_link = []
+        for link in self.links:
+            flags = [True] * len(tree.leaves) if link.mask is None else _flags(link.mask, tree.tree)
+            per_link.append([(link.rule, link.options) if flag else None for flag in flags])
+        return list(zip(*per_link, strict=True))
+
+    def _next(
+        self, tree: _Tree, states: Sequence[Any], steps: Sequence[_Step], written: Sequence[Any]
+    ) -> Any:
+        """The new state: moments written, steps counted, masks put back around."""
+        new = []
+        for k, (link, state, step) in enumerate(zip(self.links, states, steps, strict=True)):
+            moments = {
+                name: tree.with_leaves([leaf[k][i] for leaf in written])
+                for i, name in enumerate(link.rule.moments)
+            }
+            state = state._replace(**step.counts, **moments)
+            new.append(state if link.mask is None else optax.MaskedState(state))
+        return new[0] if self.bare else tuple(new)
 
     def _step_leaf(
         self,
         path: tuple[Any, ...],
-        gradient: Any,
-        beside: Any,
-        parameter: Any,
+        u: Any,
+        g: Any,
+        p: Any,
         stored: Sequence[tuple[Any, ...]],
-        scalars: jax.Array,
         stages: Stages,
+        scalars: jax.Array,
         layout: Any,
     ) -> tuple[Any, Sequence[tuple[Any, ...]]]:
-        """Checks one leaf and runs the links on it; a leaf without a gradient stays as it is."""
-        if gradient is None:
+        """Checks one leaf and runs the rules on it; a leaf without a gradient stays as it is."""
+        if u is None:
             return None, stored
-        if getattr(gradient, "dtype", None) == jax.dtypes.float0:
-            return gradient if parameter is None else jnp.zeros_like(parameter), stored
-        checks.leaf("the gradient of", path, gradient)
-        for link, moments in self._with(stored):
+        if getattr(u, "dtype", None) == jax.dtypes.float0:
+            return u if p is None else jnp.zeros_like(p), stored
+        checks.leaf("the gradient of", path, u)
+        for link, moments in zip(self.links, stored, strict=True):
             for (name, declared), x in zip(link.rule.moments.items(), moments, strict=True):
-                checks.moment(path, gradient, name, declared, x)
-        wants_parameter = [stage[0] for stage in stages if stage and "p" in stage[0].inputs]
-        if wants_parameter:
-            checks.parameter(path, gradient, parameter, wants_parameter[0])
-        if np.size(gradient) == 0:
-            return gradient, stored
-        return run_leaf(
-            gradient,
-            beside,
-            parameter if wants_parameter else None,
-            stored,
-            scalars,
-            np.uint32(path_key(path_string(path))) if storage.draws(stored) else None,
-            stages=stages,
-            layout=layout,
-            run=IMPLEMENTATIONS[self.implementation],
-        )
+                checks.moment(path, u, name, declared, x)
+        wants_p = [stage[0] for stage in stages if stage and "p" in stage[0].inputs]
+        if wants_p:
+            checks.parameter(path, u, p, wants_p[0])
+        if np.size(u) == 0:
+            return u, stored
+        key = np.uint32(path_key(path_string(path))) if storage.draws(stored) else None
+        run = IMPLEMENTATIONS[self.implementation]
+        p = p if wants_p else None
+        return run_leaf(u, g, p, stored, scalars, key, stages=stages, layout=layout, run=run)
+
+
+class _Tree:
+    """The updates as a list of leaves with their paths; a None among them is a leaf."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+        self.leaves, self.treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+
+    def like(self, what: str, tree: Any) -> list[Any]:
+        """The leaves of another tree in the same order; all None where there is no tree."""
+        if tree is None:
+            return [None] * len(self.leaves)
+        try:
+            return self.treedef.flatten_up_to(tree)
+        except ValueError:
+            raise checks.structure(what, self.tree, tree) from None
+
+    def with_leaves(self, leaves: Sequence[Any]) -> Any:
+        return self.treedef.unflatten(leaves)
 
 
 class _Step(NamedTuple):
@@ -233,10 +254,8 @@ def _init(link: Link, params: optax.Params) -> Any:
     return optax.MaskedState(state) if link.mask is not None else state
 
 
-def _flags(mask: Any, updates: optax.Updates) -> list[bool] | None:
+def _flags(mask: Any, updates: optax.Updates) -> list[bool]:
     """Optax's mask, a prefix tree or a function of the updates, as one flag for each leaf."""
-    if mask is None:
-        return None
     tree = mask(updates) if callable(mask) else mask
     flags: list[bool] = []
 

@@ -10,8 +10,12 @@ import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # for tests of sharding
 
+import hypothesis
 import jax
 import pytest
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # the first example compiles
+hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -690,7 +690,7 @@ def test_rule(act, error, message):
     expect(act, error, message)
 
 
-# Still wrong. Each row is what the message should say, at least.
+# Calls, declarations and masks. A row has what its message must say, at least.
 
 CALLS = [
     ("no learning rate", lambda: aj.adamw(), TypeError, "adamw.*learning_rate"),
