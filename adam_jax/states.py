@@ -85,25 +85,30 @@ def moments(state: chex.ArrayTree) -> dict[str, Any]:
       and shapes, in float32 (float64 and complex leaves keep their dtype).
 
     Raises:
-      ValueError: the state holds no moments, or those of several optimizers (at the paths shown).
+      ValueError: the state holds no moments, or several of one name (at the paths shown).
 
     >>> import adam_jax, jax.numpy as jnp
     >>> tx = adam_jax.adamw(1e-3)
     >>> adam_jax.moments(tx.init({"w": jnp.ones(2)}))["nu"]
     {'w': Array([0., 0.], dtype=float32)}
     """
-    found = [(path, s) for path, s in named_tuples(state) if moment_fields(s)]
-    if len(found) != 1:
-        where = ", ".join(
-            jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found
-        )
+    found: dict[str, Any] = {}
+    places: dict[str, list[str]] = {}
+    for path, s in named_tuples(state):
+        for name in moment_fields(s):
+            found[name] = getattr(s, name)
+            at = jax.tree_util.keystr(
+                (*path, jax.tree_util.GetAttrKey(name)), simple=True, separator="/"
+            )
+            places.setdefault(name, []).append(at)
+    several = [at for paths in places.values() if len(paths) > 1 for at in paths]
+    if several or not found:
         raise ValueError(
-            f"moments: the state holds the moments of {len(found)} transformations "
-            f"({where or 'none'}); pass the state of one, e.g. state[0]"
+            f"moments: the state holds {'no moments' if not found else 'several of a name'}"
+            f"{' (' + ', '.join(several) + ')' if several else ''}; "
+            f"pass the state of one optimizer, e.g. state[0]"
         )
-    return {
-        name: jax.tree.map(_read, getattr(found[0][1], name)) for name in moment_fields(found[0][1])
-    }
+    return {name: jax.tree.map(_read, tree) for name, tree in found.items()}
 
 
 def step_count(state: chex.ArrayTree) -> jax.Array:

@@ -555,15 +555,14 @@ UPDATES = [
         "no moments",
         lambda: aj.moments(aj.sgd(1e-3).init(PARAMS)),
         ValueError,
-        "moments: the state holds the moments of 0 transformations (none); pass the state of one, "
-        "e.g. state[0]",
+        "moments: the state holds no moments; pass the state of one optimizer, e.g. state[0]",
     ),
     (
         "moments of several",
         lambda: aj.moments(aj.chain(aj.scale_by_adam(), ADAMW).init(PARAMS)),
         ValueError,
-        "moments: the state holds the moments of 2 transformations (0, 1/0); pass the state of "
-        "one, e.g. state[0]",
+        "moments: the state holds several of a name (0/mu, 1/0/mu, 0/nu, 1/0/nu); pass the state "
+        "of one optimizer, e.g. state[0]",
     ),
     (
         "no step count",

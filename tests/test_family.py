@@ -284,3 +284,11 @@ def test_schedule_free_keeps_dtypes_under_scan(dtype):
     after, updates = jax.lax.scan(lambda s, g: tx.update(g, s, params)[::-1], state, grads)
     chex.assert_trees_all_equal_dtypes(after, state)
     assert updates["w"].dtype == dtype
+
+
+def test_moments_of_an_optimizer_with_two_rules():
+    params = jnp.ones(3)
+    read = adam_jax.moments(adam_jax.rmsprop(1e-3, momentum=0.9).init(params))
+    assert set(read) == {"nu", "trace"}
+    read = adam_jax.moments(adam_jax.mars(adam_jax.adamw(1e-3)).init(params))
+    assert set(read) == {"g_prev", "mu", "nu"}

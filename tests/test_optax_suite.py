@@ -25,45 +25,18 @@ REPORT = "OPTAX_SUITE_REPORT"  # environment variable: where the plugin writes w
 
 # Has to be substituted; whatever else adam_jax shares with Optax is substituted too, but not what
 # means something else in Optax.
-PROMISED = [
-    "adabelief",
-    "adam",
-    "adamax",
-    "adamaxw",
-    "adamw",
-    "adan",
-    "ademamix",
-    "adopt",
-    "amsgrad",
-    "lamb",
-    "lion",
-    "nadam",
-    "nadamw",
-    "radam",
-    "rmsprop",
-    "schedule_free_adamw",
-    "schedule_free_eval_params",
-    "sgd",
-    "simplified_ademamix",
-    "yogi",
-    "scale_by_adam",
-    "scale_by_adamax",
-    "scale_by_adan",
-    "scale_by_ademamix",
-    "scale_by_adopt",
-    "scale_by_amsgrad",
-    "scale_by_belief",
-    "scale_by_lion",
-    "scale_by_radam",
-    "scale_by_rms",
-    "scale_by_simplified_ademamix",
-    "scale_by_stddev",
-    "scale_by_yogi",
-]
+PROMISED = """
+adabelief adam adamax adamaxw adamw adan ademamix adopt amsgrad lamb lion nadam nadamw radam rmsprop
+schedule_free_adamw schedule_free_eval_params sgd simplified_ademamix yogi
+scale_by_adam scale_by_adamax scale_by_adan scale_by_ademamix scale_by_adopt scale_by_amsgrad
+scale_by_belief scale_by_lion scale_by_radam scale_by_rms scale_by_simplified_ademamix
+scale_by_stddev scale_by_yogi
+"""
 OTHER_MEANING = {"ema"}
 
-# What runs in one process. Left out is what reaches no function of ours, or only as a means to
-# test something else for half a minute (line searches, Muon, GaLore).
+EVERYTHING = "OPTAX_SUITE_ALL" in os.environ  # what is too slow for every day as well
+
+# What runs in one process. Files that reach no function of ours are left out.
 GROUPS = {
     "optimizers": ["_src/alias_test.py::AliasTest"],
     "contrib": [
@@ -75,7 +48,6 @@ GROUPS = {
     "transforms": [
         "_src/float64_test.py",
         "_src/linesearch_test.py::ZoomLinesearchTest::test_value_and_grad_from_state",
-        "_src/lookahead_test.py",
         "_src/transform_test.py",
         "experimental/_aggregating_test.py",
         "schedules/_inject_test.py",
@@ -91,6 +63,13 @@ GROUPS = {
     ],
     # On its own: it asks for eight devices when it is imported, before JAX has started.
     "sharding": ["_src/sharding_test.py"],
+    # Ours are only a means here, to test something else at length.
+    "slow": [
+        "_src/combine_test.py",
+        "_src/linesearch_test.py",
+        "contrib/_galore_test.py",
+        "contrib/_muon_test.py",
+    ],
 }
 
 # Deliberate differences: {regular expression for a test's label: reason}. Each has to fail.
@@ -101,12 +80,14 @@ KNOWN = {
 # Not run: {regular expression for a test's label: reason}.
 NOT_RUN = {
     r"test_selective_bad_structure": "fails in Optax too: expects a message of an older JAX",
-    r"ContribTest::test_.*(state|schedule).*wrapper_name='": "the wrapper is not used: repeats",
+    r"ContribTest.*schedule_if_type_annotated.*'schedule_free_adamw'": "has none, in Optax neither",
+}
+SLOW = {
+    r"AliasTest.*complex128": "5 s; complex64 and float64 run",
+    r"test_multi_steps_mixed_precision": "30 s; the contract suite has the nine pairs of dtypes",
+    r"ContribTest::test_.*(state|schedule).*wrapper_name='": "repeats: the wrapper is not used",
     r"ContribTest::test_optimizers_accept_extra.*wrap=False": "repeats AliasTest",
     r"ContribTest.*wrapper_name='.*_setup_m": "repeats the parabola in another shape",
-    r"ContribTest.*schedule_if_type_annotated.*'schedule_free_adamw'": "has none, in Optax neither",
-    r"AliasTest.*complex128": "5 s; complex64 and float64 run",
-    r"test_multi_steps_mixed_precision1": "18 s; the first case has more to say",
 }
 
 # Why Optax's tests may skip.
@@ -147,7 +128,7 @@ def pytest_collection_modifyitems(config, items):
     keep, drop = [], []
     for item in items:
         item.optax_label = label(item)
-        patterns = [config.optax_others, *NOT_RUN]
+        patterns = [config.optax_others, *NOT_RUN, *(() if EVERYTHING else SLOW)]
         dropped = any(re.search(pattern, item.optax_label) for pattern in patterns)
         (drop if dropped else keep).append(item)
     items[:] = keep
@@ -178,6 +159,8 @@ def pytest_sessionfinish(session):
 def test_optax_suite(group, tmp_path):
     for package in ("absl", "flax", "scipy", "sklearn"):
         pytest.importorskip(package, reason=f"Optax's tests need {package}")
+    if group == "slow" and not EVERYTHING:
+        pytest.skip("two minutes; set OPTAX_SUITE_ALL=1 to run it")
     tests = [str(OPTAX / path) for path in GROUPS[group] if (OPTAX / path.split("::")[0]).exists()]
     if not tests:
         pytest.skip(f"optax {optax.__version__} is installed without its tests")
