@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
+import io
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_list(commands.add_parser("list", help="show the optimizers that there are"))
     add_compare(commands.add_parser("compare", help="train with several of them on a small task"))
     add_train(commands.add_parser("train", help="train a small Flax classifier on digits"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the formulas are not ASCII
     args = parser.parse_args(argv)
     args.run(args)
     return 0

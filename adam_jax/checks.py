@@ -52,6 +52,7 @@ class Range(NamedTuple):
 
 
 UNIT = Range("in [0, 1)", 0.0, 1.0)
+UP_TO_ONE = Range("in [0, 1]", 0.0, math.nextafter(1, 2))  # a sum is a momentum, too
 FROM_ZERO = Range(">= 0", 0.0)
 FROM_FOUR = Range(">= 4", 4.0)  # RAdam's rectification has no real value below
 
@@ -65,6 +66,8 @@ def is_decay_rate(name: str) -> bool:
 
 def allowed(name: str) -> Range | None:
     """The range of a hyperparameter, from its name; None where anything goes."""
+    if name in ("decay", "momentum"):
+        return UP_TO_ONE
     if is_decay_rate(name):
         return UNIT
     if name == "threshold":
@@ -224,7 +227,8 @@ def returned(rule: Rule, out: Any) -> None:
     """A rule with moments must return a tuple of its direction and them."""
     wanted = ("direction", *rule.moments)
     if not isinstance(out, tuple) or len(out) != len(wanted):
-        got = f"{len(out)} values" if isinstance(out, tuple) else f"a {type(out).__name__}"
+        got = "one array" if hasattr(out, "dtype") else f"a {type(out).__name__}"
+        got = f"{len(out)} values" if isinstance(out, tuple) else got
         raise ValueError(
             f"rule {rule.name}: must return the tuple ({', '.join(wanted)}), returned {got}"
         )
@@ -348,3 +352,15 @@ def not_one(caller: str, what: str, found: int) -> None:
     raise ValueError(
         f"{caller}: the state holds {found} {what}; pass the state of one optimizer that has it"
     )
+
+
+def mask_without_decay(weight_decay: Any, mask: Any) -> None:
+    if weight_decay is None and mask is not None:
+        raise ValueError(
+            f"{who()}: weight_decay_mask is given, but weight_decay is None; give weight_decay="
+        )
+
+
+def above_zero(name: str, value: Any) -> None:
+    if isinstance(value, NUMBERS) and not value > 0:
+        raise ValueError(f"{who()}: {name} must be > 0, got {value}")

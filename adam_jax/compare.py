@@ -450,7 +450,7 @@ def _bar(name: str, steps: int, progress: bool) -> Iterator[Callable[[int, np.nd
         return
     with _extra("the progress bar (unless progress=False)"):
         from tqdm import tqdm
-    with tqdm(total=steps, desc=name, unit="step") as bar:
+    with tqdm(total=steps, desc=name, unit="step", disable=None) as bar:
 
         def advance(count: int, losses: np.ndarray) -> None:
             last = losses[..., count - 1]

@@ -57,7 +57,7 @@ class Rule:
 
 
 def rule(
-    *, factor: Callable[..., Any] | None = None, **moments: Moment
+    *bare: Any, factor: Callable[..., Any] | None = None, **moments: Moment
 ) -> Callable[[Callable[..., Any]], Rule]:
     """Declare a variant of Adam: a function of one array, with the moments that it carries.
 
@@ -86,6 +86,12 @@ def rule(
     ...     return g / (adam_jax.debias(nu, b2, t) ** 0.5 + eps), nu
     >>> tx = adam_jax.from_rule(rms_direction, 1e-3, b2=0.95, weight_decay=0.1)
     """
+
+    if bare:
+        raise TypeError(
+            "rule: declare the moments, e.g. @adam_jax.rule(mu=adam_jax.signed), or write "
+            "@adam_jax.rule() for a rule without any"
+        )
 
     def declare(step: Callable[..., Any]) -> Rule:
         parameters = inspect.signature(step).parameters.values()

@@ -3,8 +3,6 @@
 Optax's names and signatures where it has them; ours follow by keyword.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 

@@ -4,8 +4,6 @@ Where Optax has the name, a call that it accepts means the same here, positional
 What is ours comes after, by keyword, and is the same for all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -87,7 +85,9 @@ def from_rule(
     wd = (weight_decay, weight_decay_mask, weight_decay_form)
     with checks.naming(rule.name):
         tx = _optimizer(direction, learning_rate, wd, cautious, implementation)
-    return tx.named(rule.name, {"learning_rate": learning_rate, **hyperparams})
+    told = {"weight_decay": weight_decay, "storage": storage, "cautious": cautious or None}
+    told = {k: v for k, v in told.items() if v is not None}
+    return tx.named(rule.name, {"learning_rate": learning_rate, **hyperparams, **told})
 
 
 @constructor
@@ -468,7 +468,7 @@ def rmsprop(
       initial_scale: ≥ 0, where nu starts: 0 in PyTorch, 1 in TensorFlow 1.
       eps_in_sqrt: whether eps is under the root; PyTorch adds it to the root.
       centered: divide by the standard deviation instead.
-      momentum: decay rate, in [0, 1), of heavy-ball momentum on the scaled update; None for none.
+      momentum: decay rate, in [0, 1], of heavy-ball momentum on the scaled update; None for none.
       nesterov: whether that momentum is Nesterov's.
       bias_correction: whether the averages are corrected for their start at zero.
 
@@ -503,7 +503,7 @@ def sgd(
 
     Args:
       learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
-      momentum: decay rate, in [0, 1); None for none.
+      momentum: decay rate, in [0, 1]; None for none.
       nesterov: whether the momentum is Nesterov's.
       accumulator_dtype: the dtype of the trace; the same as storage={"trace": dtype}.
 
@@ -971,6 +971,7 @@ def _optimizer(
     """A direction with its weight decay and learning rate, executed leaf by leaf in one pass."""
     weight_decay, mask, form = wd
     checks.choice("weight_decay_form", form, _DECAYS)
+    checks.mask_without_decay(weight_decay, mask)
     decays = [] if weight_decay is None else [_decay(weight_decay, learning_rate, mask, form)]
     links = [
         *(decays if form == "l2" else ()),

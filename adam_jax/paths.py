@@ -22,7 +22,8 @@ def matching(*patterns: str) -> Callable[[Any], Any]:
     """A mask that is True on the leaves whose path contains a match of any pattern.
 
     Args:
-      *patterns: regular expressions, searched in paths such as "layers/0/kernel".
+      *patterns: regular expressions, searched in paths such as "layers/0/kernel". Case counts:
+        Linen's norms are "LayerNorm_0/scale", which "[Nn]orm" and "(?i)norm" find.
 
     Returns:
       a function from a tree to a tree of bools, for `weight_decay_mask=` and `optax.masked`.
@@ -34,10 +35,7 @@ def matching(*patterns: str) -> Callable[[Any], Any]:
     >>> matching("bias", "norm")({"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}})
     {'dense': {'bias': True, 'kernel': False}}
     """
-    search = _search(patterns)
-    return lambda tree: jax.tree_util.tree_map_with_path(
-        lambda path, _: search(path_string(path)), tree
-    )
+    return _mask("matching", patterns, wanted=True)
 
 
 def not_matching(*patterns: str) -> Callable[[Any], Any]:
@@ -47,10 +45,19 @@ def not_matching(*patterns: str) -> Callable[[Any], Any]:
     >>> not_matching("bias", "norm")({"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}})
     {'dense': {'bias': False, 'kernel': True}}
     """
+    return _mask("not_matching", patterns, wanted=False)
+
+
+def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[Any], Any]:
     search = _search(patterns)
-    return lambda tree: jax.tree_util.tree_map_with_path(
-        lambda path, _: not search(path_string(path)), tree
-    )
+
+    def mask(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: search(path_string(path)) is wanted, tree
+        )
+
+    mask.__name__ = f"{caller}({', '.join(map(repr, patterns))})"  # which a repr shows
+    return mask
 
 
 def _search(patterns: tuple[str, ...]) -> Callable[[str], bool]:
@@ -60,7 +67,7 @@ def _search(patterns: tuple[str, ...]) -> Callable[[str], bool]:
             compiled.append(re.compile(pattern))
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"matching: {pattern!r} is not a regular expression ({error}); "
-                f"escape its special characters with re.escape"
+                f"matching: {pattern!r} is not a regular expression ({error}); pass patterns as "
+                f"separate strings, and escape special characters with re.escape"
             ) from None
-    return lambda path: any(p.search(path) for p in compiled)
+    return lambda path: any(p.search(path) is not None for p in compiled)

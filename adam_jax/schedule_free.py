@@ -1,7 +1,5 @@
 """Schedule-Free AdamW: no learning-rate schedule, an average of the iterates in its place."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +25,7 @@ class _Iterate(NamedTuple):
 
 @constructor
 def schedule_free_adamw(
-    learning_rate: chex.Numeric = 0.0025,
+    learning_rate: optax.ScalarOrSchedule = 0.0025,
     warmup_steps: int | None = None,
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
@@ -48,7 +46,7 @@ def schedule_free_adamw(
     Optax's. Optax's warmup is one step late in the step, not in the average's weight.
 
     Args:
-      learning_rate: η ≥ 0, after the warmup.
+      learning_rate: η ≥ 0, after the warmup; or a schedule of the count of steps made.
       warmup_steps: over how many steps η rises linearly; None for no warmup.
       b1: how far y is from z towards x, in (0, 1).
       b2: decay rate of the average squared gradient, in [0, 1).
@@ -65,6 +63,7 @@ def schedule_free_adamw(
     >>> params = optax.apply_updates(params, updates)
     >>> evaluated = schedule_free_eval_params(state, params)
     """
+    checks.above_zero("b1", b1)
     formats = with_dtype(storage, "z", "state_dtype", state_dtype)
 
     def links(rate: chex.Numeric, share: chex.Numeric) -> Sequence[Link]:
@@ -102,7 +101,8 @@ def schedule_free_adamw(
     ) -> tuple[optax.Updates, Any]:
         del extra
         step = state.step_count.astype(jnp.float32)
-        rate = jnp.asarray(learning_rate, jnp.float32)
+        rate = learning_rate(state.step_count - 1) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate, jnp.float32)
         if warmup_steps is not None:
             rate = rate * jnp.minimum(step / jnp.maximum(warmup_steps, 1), 1)
         max_lr = jnp.maximum(state.max_lr, rate)

@@ -106,7 +106,7 @@ def moments(state: chex.ArrayTree) -> dict[str, Any]:
         raise ValueError(
             f"moments: the state holds {'no moments' if not found else 'several of a name'}"
             f"{' (' + ', '.join(several) + ')' if several else ''}; "
-            f"pass the state of one optimizer, e.g. state[0]"
+            f"pass the state of an optimizer that has some, or of one, e.g. state[0]"
         )
     return {name: jax.tree.map(_read, tree) for name, tree in found.items()}
 

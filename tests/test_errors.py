@@ -58,10 +58,10 @@ RANGES = [
     (aj.nadamw, (1e-3,), {"b2": 1}, "nadamw: b2 must be in [0, 1), got 1"),
     (aj.nadam, (1e-3,), {"b2": NAN}, "nadam: b2 must be in [0, 1), got nan"),
     (aj.amsgrad, (1e-3,), {"b2": np.float32(1.5)}, "amsgrad: b2 must be in [0, 1), got 1.5"),
-    (aj.rmsprop, (1e-3,), {"decay": 1.0}, "rmsprop: decay must be in [0, 1), got 1.0"),
-    (aj.rmsprop, (1e-3,), {"momentum": 2.0}, "rmsprop: momentum must be in [0, 1), got 2.0"),
-    (aj.sgd, (1e-3, 1.5), {}, "sgd: momentum must be in [0, 1), got 1.5"),
-    (aj.trace, (1.5,), {}, "trace: decay must be in [0, 1), got 1.5"),
+    (aj.rmsprop, (1e-3,), {"decay": 1.5}, "rmsprop: decay must be in [0, 1], got 1.5"),
+    (aj.rmsprop, (1e-3,), {"momentum": 2.0}, "rmsprop: momentum must be in [0, 1], got 2.0"),
+    (aj.sgd, (1e-3, 1.5), {}, "sgd: momentum must be in [0, 1], got 1.5"),
+    (aj.trace, (1.5,), {}, "trace: decay must be in [0, 1], got 1.5"),
     (aj.adamax, (1e-3,), {"eps": -1}, "adamax: eps must be >= 0, got -1"),
     (aj.scale_by_adam, (), {"eps_root": -1e-8}, "scale_by_adam: eps_root must be >= 0, got -1e-08"),
     (aj.sgd, (-1,), {}, "sgd: learning_rate must be >= 0, got -1"),
@@ -333,7 +333,7 @@ CHOICES = [
             ValueError,
             re.compile(
                 rf"matching: {re.escape(repr(pattern))} is not a regular expression \(.+\); "
-                r"escape its special characters with re.escape"
+                r"pass patterns as separate strings, and escape special characters with re.escape"
             ),
         )
         for f in (aj.matching, aj.not_matching)
@@ -555,14 +555,15 @@ UPDATES = [
         "no moments",
         lambda: aj.moments(aj.sgd(1e-3).init(PARAMS)),
         ValueError,
-        "moments: the state holds no moments; pass the state of one optimizer, e.g. state[0]",
+        "moments: the state holds no moments; pass the state of an optimizer that has some, or of "
+        "one, e.g. state[0]",
     ),
     (
         "moments of several",
         lambda: aj.moments(aj.chain(aj.scale_by_adam(), ADAMW).init(PARAMS)),
         ValueError,
         "moments: the state holds several of a name (0/mu, 1/0/mu, 0/nu, 1/0/nu); pass the state "
-        "of one optimizer, e.g. state[0]",
+        "of an optimizer that has some, or of one, e.g. state[0]",
     ),
     (
         "no step count",

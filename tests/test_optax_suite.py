@@ -91,7 +91,7 @@ SLOW = {
 }
 
 # Why Optax's tests may skip.
-SKIPS = r"complex|reduce_on_plateau is not supported"
+SKIPS = r"complex|reduce_on_plateau is not supported|TODO"
 
 
 def label(item: pytest.Function) -> str:

@@ -6,6 +6,8 @@ import optax
 import pytest
 import reference as ref
 
+pytestmark = pytest.mark.standard_promotion  # it runs Optax's own code
+
 STEPS = 60
 TINY = 1e-11  # relative to 1 + |u|: what is left is rounding
 
