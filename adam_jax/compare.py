@@ -415,6 +415,11 @@ def _check_constructors(constructors: Any) -> None:
 
 
 def _check_loss(problem: Problem) -> None:
+    if not callable(problem.init):
+        raise TypeError(
+            f"compare: init must be a function of a PRNG key that returns parameters, got "
+            f"{type(problem.init).__name__}; write init=lambda key: params"
+        )
     params = jax.eval_shape(problem.init, jax.random.key(0))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), problem.batches)
     value = jax.eval_shape(problem.loss, params, batch)
@@ -450,7 +455,7 @@ def _bar(name: str, steps: int, progress: bool) -> Iterator[Callable[[int, np.nd
         return
     with _extra("the progress bar (unless progress=False)"):
         from tqdm import tqdm
-    with tqdm(total=steps, desc=name, unit="step", disable=None) as bar:
+    with tqdm(total=steps, desc=name, unit="step") as bar:
 
         def advance(count: int, losses: np.ndarray) -> None:
             last = losses[..., count - 1]

@@ -140,7 +140,7 @@ def train(recipe: Recipe, tx: optax.GradientTransformation, label: str) -> Run:
     # Equal chunks, so that one compilation serves them all.
     size = max(n for n in range(1, LONGEST_CHUNK + 1) if recipe.steps % n == 0)
     losses, accuracies, seconds = [], [], []
-    with tqdm(total=recipe.steps, desc=label, unit="step", disable=None) as bar:
+    with tqdm(total=recipe.steps, desc=label, unit="step") as bar:
         for _ in range(recipe.steps // size):
             batches = rng.integers(len(images), size=(size, BATCH))
             start = time.perf_counter()
