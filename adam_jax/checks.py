@@ -162,10 +162,10 @@ def known_hyperparams(given: Iterable[str], known: Mapping[str, Any]) -> None:
 
 
 def leaf(what: str, path: tuple[Any, ...], x: Any) -> None:
-    """A parameter or gradient must be a floating-point or complex array."""
-    dtype = (
-        jnp.result_type(x) if isinstance(x, (int, float, complex)) else getattr(x, "dtype", None)
-    )
+    """A parameter or gradient must be a floating-point or complex array, or a Python number."""
+    dtype = getattr(x, "dtype", None)
+    if isinstance(x, (int, float, complex)) and not isinstance(x, bool):
+        return
     if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
         return
     kind = "a PRNG key" if _is_key(dtype) else f"of type {dtype or type(x).__name__}"

@@ -189,6 +189,7 @@ class Chain:
         if getattr(u, "dtype", None) == jax.dtypes.float0:
             return u if p is None else jnp.zeros_like(p), stored
         checks.leaf("the gradient of", path, u)
+        u = float(u) if isinstance(u, int) else u
         for link, moments in zip(self.links, stored, strict=True):
             for (name, declared), x in zip(link.rule.moments.items(), moments, strict=True):
                 checks.moment(path, u, name, declared, x)

@@ -322,6 +322,7 @@ def test_none_empty_masked_scalar_and_number_leaves(name):
         "zero_size": jnp.zeros((0, 3)),
         "scalar": jnp.float32(2.0),
         "number": 2.0,
+        "integer": 2,
     }
     tx = optimizer(name, weight_decay=0.1)
     state = tx.init(params)
@@ -333,6 +334,7 @@ def test_none_empty_masked_scalar_and_number_leaves(name):
     assert updates["none"] is None
     assert updates["zero_size"].shape == (0, 3)
     np.testing.assert_array_equal(updates["number"], updates["scalar"])
+    np.testing.assert_array_equal(updates["integer"], updates["scalar"])
 
     empty = tx.init({})
     assert tx.update({}, empty, {})[0] == {}

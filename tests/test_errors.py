@@ -383,7 +383,6 @@ def with_leaf(leaf):
 LEAVES = [
     ("integer", jnp.arange(3), "of type int32"),
     ("bool", jnp.array([True]), "of type bool"),
-    ("python integer", 3, "of type int32"),
     ("key", jax.random.key(0), "a PRNG key"),
     ("string", "text", "of type str"),
     ("object", object(), "of type object"),

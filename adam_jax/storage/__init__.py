@@ -36,7 +36,7 @@ def format_of(
     if isinstance(storage, Mapping):
         storage = storage.get(name)
     if storage is None:
-        return dense.default(jnp.result_type(leaf))
+        return dense.default(jnp.result_type(float if isinstance(leaf, int) else leaf))
     return check_format(storage)
 
 
