@@ -20,7 +20,7 @@ def arithmetic_dtype(*dtypes: jax.typing.DTypeLike) -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Decay:
     """A decay rate b that also knows log b and 1 - b, which float32 cannot recover from b.
 
@@ -47,7 +47,8 @@ class Decay:
         return self.value - x
 
     def __rsub__(self, x: Any) -> Any:
-        return self.complement if isinstance(x, int) and x == 1 else x - self.value
+        exact = isinstance(x, (int, float)) and x == 1
+        return self.complement if exact else x - self.value
 
     def __mul__(self, x: Any) -> Any:
         return self.value * x
@@ -60,6 +61,18 @@ class Decay:
 
     def __pow__(self, t: Any) -> Any:
         return jnp.exp(t * self.log)
+
+    def __rpow__(self, x: Any) -> Any:
+        return x**self.value
+
+    def __neg__(self) -> Any:
+        return 0 - self.value
+
+    def __lt__(self, x: Any) -> Any:
+        return self.value < x
+
+    def __gt__(self, x: Any) -> Any:
+        return self.value > x
 
     __radd__ = __add__
     __rmul__ = __mul__

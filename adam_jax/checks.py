@@ -65,16 +65,33 @@ def is_decay_rate(name: str) -> bool:
 
 
 def allowed(name: str) -> Range | None:
-    """The range of a hyperparameter, from its name; None where anything goes."""
+    """The range of an argument of our constructors, from its name; None where anything goes."""
+    if name == "threshold":
+        return FROM_FOUR
+    if name in ("momentum_decay", "alpha", "gamma", "a", "b"):
+        return FROM_ZERO
+    return _allowed_everywhere(name)
+
+
+def _allowed_everywhere(name: str) -> Range | None:
+    """The range that a name has in everybody's rules."""
     if name in ("decay", "momentum"):
         return UP_TO_ONE
     if is_decay_rate(name):
         return UNIT
-    if name == "threshold":
-        return FROM_FOUR
-    if name in ("learning_rate", "weight_decay", "momentum_decay", "alpha", "gamma", "a", "b"):
-        return FROM_ZERO
-    return FROM_ZERO if name.startswith(("eps", "initial")) else None
+    named = ("learning_rate", "weight_decay", "eps", "eps_root", "initial_scale")
+    return FROM_ZERO if name in (*named, "initial_accumulator_value") else None
+
+
+def argument(name: str, value: Any) -> None:
+    """An argument of one of our constructors must be in its range, where it is a number."""
+    _in_range(name, value, allowed(name))
+    hyperparam(name, value)
+
+
+def _in_range(name: str, value: Any, span: Range | None) -> None:
+    if span and isinstance(value, NUMBERS) and not span.holds(float(value)):
+        raise ValueError(f"{who()}: {name} must be {span.text}, got {value}")
 
 
 def hyperparam(name: str, value: Any) -> None:
@@ -82,9 +99,7 @@ def hyperparam(name: str, value: Any) -> None:
     if value is inspect.Parameter.empty:
         raise TypeError(f"{who()}: the hyperparameter {name!r} has no default; give {name}=")
     if isinstance(value, NUMBERS):
-        span = allowed(name)
-        if span and not span.holds(float(value)):
-            raise ValueError(f"{who()}: {name} must be {span.text}, got {value}")
+        _in_range(name, value, _allowed_everywhere(name))
     elif _is_schedule(value):
         if name.startswith("initial"):
             raise ValueError(

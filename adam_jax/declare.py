@@ -64,9 +64,9 @@ def rule(
     The decorated function takes the gradient, then its moments in the declared order, then by
     keyword what it needs of: `t`, the step counted from 1; `p`, the parameter; `g`, the gradient
     (for a rule whose first argument is another rule's direction); and its hyperparameters. A
-    hyperparameter named b1, b2, … or decay is a decay rate, checked to be in [0, 1). One whose
-    default is a bool, a string or a function is an option, fixed when the optimizer is made. It
-    returns the direction (what the learning rate multiplies and the parameter loses) and the new
+    hyperparameter named b1, b2, … is a decay rate, checked to be in [0, 1); eps must be ≥ 0. One
+    whose default is a bool, a string or a function is an option, fixed when the optimizer is made.
+    It returns the direction (what the learning rate multiplies and the parameter loses) and the new
     moments. Everything is float32 (float64 for float64 leaves) and has the leaf's shape.
 
     Args:

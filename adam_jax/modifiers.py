@@ -74,6 +74,8 @@ def mars(
     >>> tx = mars(adam_jax.adamw(3e-3, b1=0.95, b2=0.99))
     """
     given: dict[str, Any] = {"gamma": gamma, "b1": b1}
+    with checks.naming("mars"):
+        checks.argument("gamma", gamma)
     corrected = scale_by_rule(rules.mars, storage=storage, implementation=implementation, **given)
     return chain(corrected, tx).retold(f"mars({tx!r}, gamma={gamma}, b1={b1})")
 

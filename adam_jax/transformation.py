@@ -89,7 +89,7 @@ def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation
         bound.apply_defaults()
         for name, value in bound.arguments.items():
             if checks.allowed(name) and value is not None:
-                checks.hyperparam(name, value)
+                checks.argument(name, value)
         told = {
             k: v
             for k, v in bound.arguments.items()
