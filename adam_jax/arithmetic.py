@@ -59,11 +59,15 @@ class Decay:
     def __rtruediv__(self, x: Any) -> Any:
         return x / self.value
 
-    def __pow__(self, t: Any) -> Any:
-        return jnp.exp(t * self.log)
+    def __pow__(self, t: Any) -> Decay:
+        log = t * self.log
+        return Decay(jnp.exp(log), log, -jnp.expm1(log))
 
     def __rpow__(self, x: Any) -> Any:
         return x**self.value
+
+    def __abs__(self) -> Any:
+        return self.value
 
     def __neg__(self) -> Any:
         return 0 - self.value

@@ -101,11 +101,7 @@ def hyperparam(name: str, value: Any) -> None:
     if isinstance(value, NUMBERS):
         _in_range(name, value, _allowed_everywhere(name))
     elif _is_schedule(value):
-        if name.startswith("initial"):
-            raise ValueError(
-                f"{who()}: {name} cannot be a schedule, because it is used once, in init; "
-                f"give a number"
-            )
+        return
     elif not _is_real_array(value):
         raise TypeError(
             f"{who()}: {name} must be a number, a scalar array or a schedule, got {value!r}"
@@ -114,6 +110,14 @@ def hyperparam(name: str, value: Any) -> None:
         raise ValueError(
             f"{who()}: {name} must be a scalar, got an array of shape {value.shape}; "
             f"for a value per leaf use optax.partition, for a population jax.vmap"
+        )
+
+
+def start(name: str, value: Any) -> None:
+    """Where a moment starts is a number."""
+    if callable(value):
+        raise ValueError(
+            f"{who()}: {name} cannot be a schedule, because it is used once, in init; give a number"
         )
 
 
@@ -227,9 +231,12 @@ def moment(path: tuple[Any, ...], gradient: Any, name: str, declared: Moment, st
         )
 
 
-def parameter(path: tuple[Any, ...], gradient: Any, p: Any, rule: Rule) -> None:
-    """A rule that uses the parameters needs them, with the gradients' shapes."""
+def parameter(path: tuple[Any, ...], gradient: Any, p: Any, rules: Sequence[Rule]) -> None:
+    """Parameters have the gradients' shapes, and rules that use them need them."""
+    if p is None and not rules:
+        return
     if p is None:
+        rule = rules[0]
         needy = "weight_decay" if "weight_decay" in rule.hyperparams else rule.name
         raise ValueError(
             f"{who()}: {needy} needs the parameters, and {_at('the gradient of', path)} came "
@@ -379,3 +386,13 @@ def mask_without_decay(weight_decay: Any, mask: Any) -> None:
 def above_zero(name: str, value: Any) -> None:
     if isinstance(value, NUMBERS) and not value > 0:
         raise ValueError(f"{who()}: {name} must be > 0, got {value}")
+
+
+def at_least(low: int, name: str, value: Any) -> None:
+    if isinstance(value, NUMBERS) and not value >= low:
+        raise ValueError(f"{who()}: {name} must be >= {low}, or None for none, got {value}")
+
+
+def not_a_schedule(name: str, value: Any) -> None:
+    if callable(value):
+        raise ValueError(f"{who()}: {name} cannot be a schedule here; give a number")

@@ -297,7 +297,7 @@ def scale_by_adopt(
     *,
     nesterov: bool = False,
     use_clipping: bool = True,
-    clip_value_fn: Callable[[chex.Array], chex.Array] = rules.quartic_root,
+    clip_value_fn: Callable[[chex.Array], chex.Array] | None = None,
     storage: Storage = None,
     implementation: str = "auto",
 ) -> Transformation:
@@ -307,7 +307,7 @@ def scale_by_adopt(
     """
     storage = with_dtype(storage, "mu", "mu_dtype", mu_dtype)
     given = {"b1": b1, "b2": b2, "eps": eps, "nesterov": nesterov}
-    given |= {"use_clipping": use_clipping, "clip_value_fn": clip_value_fn}
+    given |= {"use_clipping": use_clipping, "clip_value_fn": clip_value_fn or rules.quartic_root}
     return _direction(rules.adopt, given, storage, implementation)
 
 

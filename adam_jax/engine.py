@@ -61,8 +61,11 @@ def link(
     values = {k: given.get(k, v) for k, v in known.items() if k not in rule.options}
     for name, value in values.items():
         checks.hyperparam(name, value)
-    state = state or state_class(tuple(rule.moments))
-    if hyperparams.has_schedule(values) and not count_fields(state, rule.moments):
+        if name in starts:
+            checks.start(name, value)
+    scheduled = hyperparams.has_schedule(values)
+    state = state or state_class(tuple(rule.moments), scheduled or "t" in rule.inputs)
+    if scheduled and not count_fields(state, rule.moments):
         checks.no_step_count(next(k for k, v in values.items() if callable(v)), state)
     options = tuple((k, given.get(k, v)) for k, v in rule.options.items())
     return Link(rule, values, options, formats, state, mask)
@@ -194,8 +197,7 @@ class Chain:
             for (name, declared), x in zip(link.rule.moments.items(), moments, strict=True):
                 checks.moment(path, u, name, declared, x)
         wants_p = [stage[0] for stage in stages if stage and "p" in stage[0].inputs]
-        if wants_p:
-            checks.parameter(path, u, p, wants_p[0])
+        checks.parameter(path, u, p, wants_p)
         if np.size(u) == 0:
             return u, stored
         key = np.uint32(path_key(path_string(path))) if storage.draws(stored) else None

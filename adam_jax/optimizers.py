@@ -679,7 +679,7 @@ def adopt(
     *,
     nesterov: bool = False,
     use_clipping: bool = True,
-    clip_value_fn: Callable[[chex.Array], chex.Array] = rules.quartic_root,
+    clip_value_fn: Callable[[chex.Array], chex.Array] | None = None,
     weight_decay: ScalarOrSchedule | None = None,
     weight_decay_mask: Mask = None,
     weight_decay_form: Form = "decoupled",
@@ -700,7 +700,7 @@ def adopt(
       mu_dtype: the dtype of mu; the same as storage={"mu": dtype}.
       nesterov: average the normalised gradient into the momentum once more.
       use_clipping: whether the normalised gradient is clipped to ±clip_value_fn(steps made).
-      clip_value_fn: the bound; steps**0.25 in the paper.
+      clip_value_fn: the bound; None for steps**0.25, as in the paper.
 
     >>> tx = adopt(1e-3)
     """
@@ -973,9 +973,13 @@ def _optimizer(
     checks.choice("weight_decay_form", form, _DECAYS)
     checks.mask_without_decay(weight_decay, mask)
     decays = [] if weight_decay is None else [_decay(weight_decay, learning_rate, mask, form)]
+    if decays or cautious:  # which would otherwise go through the momentum that comes after
+        directions, after = [*direction.source.links, *after], ()
+    else:
+        directions = direction.source.links
     links = [
         *(decays if form == "l2" else ()),
-        *direction.source.links,
+        *directions,
         *([link(rules.cautious, {})] if cautious else ()),
         *(decays if form in ("decoupled", "cautious", "proximal") else ()),
         *([link(rules.trust_ratio, {})] if trust else ()),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -52,6 +53,12 @@ def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[
     search = _search(patterns)
 
     def mask(tree: Any) -> Any:
+        if hasattr(tree, "dtype") and jnp.issubdtype(tree.dtype, jnp.integer):
+            raise TypeError(
+                f"{caller}: got a number in the place of parameters; under "
+                f"optax.inject_hyperparams name the mask in static_args, or it is taken for a "
+                f"schedule"
+            )
         return jax.tree_util.tree_map_with_path(
             lambda path, _: search(path_string(path)) is wanted, tree
         )

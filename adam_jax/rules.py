@@ -233,9 +233,9 @@ def stable_adamw(g, mu, nu, *, t, b1, b2, eps):
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
-    v = debias(nu, b2, t)
-    u = debias(mu, b1, t) / (sqrt(v) + eps)
-    return (u, abs_sq(g) / jnp.maximum(v, eps**2)), mu, nu
+    root = sqrt(debias(nu, b2, t))
+    u = debias(mu, b1, t) / (root + eps)
+    return (u, abs_sq(g / jnp.maximum(root, eps))), mu, nu
 
 
 @rule(mu=signed)

@@ -66,29 +66,35 @@ def schedule_free_adamw(
     checks.above_zero("b1", b1)
     formats = with_dtype(storage, "z", "state_dtype", state_dtype)
 
+    scheduled = warmup_steps is not None or callable(learning_rate)
+    rate_state = optax.ScaleByScheduleState if scheduled else None
+
     def links(rate: chex.Numeric, share: chex.Numeric) -> Sequence[Link]:
         squares = {"decay": b2, "eps": eps, "eps_in_sqrt": False, "bias_correction": True}
         return (
             link(rules.rms, squares, formats=formats, state=RmsCounted),
             link(rules.decay_decoupled, {"weight_decay": weight_decay}),
-            link(rules.descend, {"learning_rate": rate}),
+            link(rules.descend, {"learning_rate": rate}, state=rate_state),
             link(rules.schedule_free, {"b1": b1, "share": share}, formats=formats, state=_Iterate),
         )
 
     def chain(rate: chex.Numeric, share: chex.Numeric) -> Transformation:
         return lift(links(rate, share), implementation, "schedule_free_adamw", bare=False)
 
-    chain(0.0, 0.0)  # so that bad arguments raise here
+    checks.not_a_schedule("b1", b1)
+    checks.at_least(0, "warmup_steps", warmup_steps)
+    checked = chain(0.0, 0.0)  # so that bad arguments raise here
 
     def init(params: optax.Params) -> Any:
         states: Any = chain(0.0, 0.0).init(params)
         *base, iterate = states
         z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), iterate.z, params)
+        dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves(z))).type(0).real.dtype
         return optax.contrib.ScheduleFreeState(
-            b1=jnp.asarray(b1, jnp.float32),
-            weight_sum=jnp.zeros([], jnp.float32),
+            b1=jnp.asarray(b1, dtype),
+            weight_sum=jnp.zeros([], dtype),
             step_count=jnp.ones([], jnp.int32),
-            max_lr=jnp.zeros([], jnp.float32),
+            max_lr=jnp.zeros([], dtype),
             base_optimizer_state=tuple(base),
             z=z,
         )
@@ -100,28 +106,29 @@ def schedule_free_adamw(
         **extra: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra
-        step = state.step_count.astype(jnp.float32)
+        dtype = arithmetic_dtype(state.weight_sum.dtype)
+        step = state.step_count.astype(dtype)
         rate = learning_rate(state.step_count - 1) if callable(learning_rate) else learning_rate
-        rate = jnp.asarray(rate, jnp.float32)
+        rate = jnp.asarray(rate, dtype)
         if warmup_steps is not None:
             rate = rate * jnp.minimum(step / jnp.maximum(warmup_steps, 1), 1)
-        max_lr = jnp.maximum(state.max_lr, rate)
+        max_lr = jnp.maximum(state.max_lr.astype(dtype), rate)
         weight = jnp.asarray(max_lr**weight_lr_power)
-        weight_sum = state.weight_sum + weight
+        weight_sum = state.weight_sum.astype(dtype) + weight
         share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1), 0)
         inner = (*state.base_optimizer_state, _Iterate(state.step_count - 1, state.z))
         states: Any
         updates, states = chain(rate, share).update(updates, inner, params)
         *base, iterate = states
         return updates, state._replace(
-            weight_sum=weight_sum,
+            weight_sum=weight_sum.astype(state.weight_sum.dtype),
             step_count=optax.safe_increment(state.step_count),
-            max_lr=max_lr,
+            max_lr=max_lr.astype(state.max_lr.dtype),
             base_optimizer_state=tuple(base),
             z=iterate.z,
         )
 
-    return Transformation(init, update).made_of(None)
+    return Transformation(init, update).made_of((checked,))
 
 
 def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
@@ -144,7 +151,8 @@ def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> op
         checks.not_one("schedule_free_eval_params", "Schedule-Free states", len(found))
     b1 = found[0].b1
 
-    def average(y: jax.Array, z: jax.Array) -> jax.Array:
+    def average(y: Any, z: jax.Array) -> jax.Array:
+        y = jnp.asarray(y)
         dtype = arithmetic_dtype(y.dtype, z.dtype)
         b = b1.astype(dtype)
         return ((y.astype(dtype) - (1 - b) * z.astype(dtype)) / b).astype(y.dtype)

@@ -46,16 +46,16 @@ _DEFAULTS = {
 
 
 @functools.cache
-def state_class(moments: tuple[str, ...]) -> type[Any]:
+def state_class(moments: tuple[str, ...], counted: bool = True) -> type[Any]:
     """A NamedTuple with a step count and these moments: Optax's own where it has one."""
     if not moments:
-        return optax.EmptyState
+        return optax.ScaleByScheduleState if counted else optax.EmptyState
     if moments in _DEFAULTS:
         return _DEFAULTS[moments]
     made: Any = collections.namedtuple("ScaleByRuleState", ("count", *moments))
     # pickle finds a class by its module and name, which a class made here does not have
     made.__reduce__ = lambda self: (_remake, (moments, *self))
-    made.moments = moments
+    made._moments = moments  # no field's name begins with _
     return made
 
 
@@ -65,7 +65,7 @@ def _remake(moments: tuple[str, ...], *fields: Any) -> Any:
 
 def moment_fields(state: Any) -> tuple[str, ...]:
     """The names of the moments in one transformation's state; empty where it has none."""
-    return getattr(type(state), "moments", OPTAX_STATES.get(type(state), ()))
+    return getattr(type(state), "_moments", OPTAX_STATES.get(type(state), ()))
 
 
 def count_fields(state: type[Any], moments: Iterable[str]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
     def named(self, name: str, arguments: Mapping[str, Any]) -> Transformation:
         """The same under the name, in errors and `repr`, of the function that the user called."""
         text = f"{name}({', '.join(f'{k}={_argument(v)}' for k, v in arguments.items())})"
-        if self.source is None:
+        if isinstance(self.source, tuple):
             return self.retold(text)
         source = dataclasses.replace(self.source, name=name)
         return source.transformation().retold(text)
@@ -69,7 +69,7 @@ def parts(tx: Any) -> Iterator[Any]:
     if isinstance(tx, Transformation) and isinstance(tx.source, tuple):
         for inner in tx.source:
             yield from parts(inner)
-    elif isinstance(tx, Transformation) and tx.source is not None:
+    elif isinstance(tx, Transformation):
         yield from tx.source.links
 
 

@@ -54,7 +54,7 @@ def test_a_decay_rate_is_a_number_that_keeps_its_complement():
     b, x = decay_rate(0.999999), jnp.float32(2.0)
     assert float(1 - b) == pytest.approx(1e-6, rel=1e-9)
     np.testing.assert_allclose(
-        [b * x, x * b, b + x, x + b, b - x, x - b, x / b, b / x, jnp.sqrt(b), b**2, 2 - b],
+        [b * x, x * b, b + x, x + b, b - x, x - b, x / b, b / x, jnp.sqrt(b), 1 * b**2, 2 - b],
         [v(0.999999, 2.0) for v in NUMBERS],
         rtol=1e-6,
     )
@@ -85,3 +85,10 @@ def test_square_root_has_a_derivative_at_zero():
     x = jnp.array([0.0, 4.0])
     np.testing.assert_allclose(jax.vmap(jax.grad(adam_jax.sqrt))(x), [0.0, 0.25])
     np.testing.assert_allclose(jax.vmap(jax.grad(jax.grad(adam_jax.sqrt)))(x), [0.0, -1 / 32])
+
+
+def test_powers_keep_their_complement_too():
+    b = decay_rate(0.999999)
+    assert float(1 - b ** jnp.float32(1)) == pytest.approx(1e-6, rel=1e-6)
+    assert float(1.0 - b) == pytest.approx(1e-6, rel=1e-6)
+    assert bool(b > 0) and bool(b < 1) and float(-b) < 0 < float(abs(b)) and float(2**b) > 1

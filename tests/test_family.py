@@ -18,6 +18,7 @@ from adam_jax import rules
 from adam_jax.catalogue import constructors
 
 FINISHED = {k: make for k, make in constructors().items() if k != "schedule_free_adamw"}
+standard = pytest.mark.standard_promotion
 every_optimizer = pytest.mark.parametrize("name", FINISHED)
 
 
@@ -292,3 +293,60 @@ def test_moments_of_an_optimizer_with_two_rules():
     assert set(read) == {"nu", "trace"}
     read = adam_jax.moments(adam_jax.mars(adam_jax.adamw(1e-3)).init(params))
     assert set(read) == {"g_prev", "mu", "nu"}
+
+
+def test_momentum_after_the_learning_rate_does_not_amplify_the_decay():
+    p, zero = jnp.ones(2), jnp.zeros(2)
+    for form, expected in [("decoupled", -0.01), ("independent", -0.1)]:
+        tx = adam_jax.rmsprop(0.1, momentum=0.9, weight_decay=0.1, weight_decay_form=form)
+        state = tx.init(p)
+        for _ in range(50):
+            updates, state = tx.update(zero, state, p)
+        np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+def test_a_finished_schedule_free_is_refused():
+    for wrapper in (adam_jax.cautious, adam_jax.grams):
+        with pytest.raises(ValueError, match="finished optimizer"):
+            wrapper(adam_jax.schedule_free_adamw())
+
+
+@pytest.mark.parametrize("warmup_steps", [None, 5])
+@standard
+def test_schedule_free_continues_a_run_of_optax(warmup_steps):
+    p = {"w": jnp.ones(3)}
+    state = optax.contrib.schedule_free_adamw(1e-2, warmup_steps).init(p)
+    ours = adam_jax.schedule_free_adamw(1e-2, warmup_steps)
+    _, after = ours.update(p, state, p)
+    chex.assert_trees_all_equal_structs(after, state)
+    chex.assert_trees_all_equal_dtypes(after, state)
+    assert jax.tree.structure(ours.init(p)) == jax.tree.structure(state)
+
+
+def test_schedule_free_takes_a_schedule():
+    p = {"w": jnp.ones(3)}
+    fixed, scheduled = (
+        adam_jax.schedule_free_adamw(rate) for rate in (0.01, lambda count: jnp.float32(0.01))
+    )
+    one, two = (tx.update(p, tx.init(p), p)[0] for tx in (fixed, scheduled))
+    chex.assert_trees_all_close(one, two)
+
+
+def test_rules_without_moments_may_count_steps():
+    @adam_jax.rule()
+    def slowing(g, *, t, gain=1.0):
+        return gain * g / t
+
+    tx = adam_jax.from_rule(slowing, 1.0, gain=lambda count: jnp.float32(2))
+    g = jnp.ones(2)
+    state = tx.init(g)
+    for step in (1, 2):
+        updates, state = tx.update(g, state)
+        np.testing.assert_allclose(updates, -2 / step)
+
+
+def test_a_large_gradient_spoils_no_other_element():
+    g = jnp.array([1e30, 1.0])
+    tx = adam_jax.stable_adamw(0.1)
+    updates, _ = tx.update(g, tx.init(g), g)
+    assert jnp.isfinite(updates).all() and updates[1] < -0.01
