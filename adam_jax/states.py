@@ -45,13 +45,18 @@ _DEFAULTS = {
 }
 
 
-@functools.cache
-def state_class(moments: tuple[str, ...], counted: bool = True) -> type[Any]:
-    """A NamedTuple with a step count and these moments: Optax's own where it has one."""
+def state_class(moments: tuple[str, ...], counted: bool) -> type[Any]:
+    """A NamedTuple with these moments and a step count: Optax's own where it has one.
+
+    Without moments there is a count only where the rule needs it.
+    """
     if not moments:
         return optax.ScaleByScheduleState if counted else optax.EmptyState
-    if moments in _DEFAULTS:
-        return _DEFAULTS[moments]
+    return _DEFAULTS.get(moments) or _made(moments)
+
+
+@functools.cache
+def _made(moments: tuple[str, ...]) -> type[Any]:
     made: Any = collections.namedtuple("ScaleByRuleState", ("count", *moments))
     # pickle finds a class by its module and name, which a class made here does not have
     made.__reduce__ = lambda self: (_remake, (moments, *self))
@@ -60,7 +65,7 @@ def state_class(moments: tuple[str, ...], counted: bool = True) -> type[Any]:
 
 
 def _remake(moments: tuple[str, ...], *fields: Any) -> Any:
-    return state_class(moments)(*fields)
+    return _made(moments)(*fields)
 
 
 def moment_fields(state: Any) -> tuple[str, ...]:
