@@ -113,14 +113,6 @@ def hyperparam(name: str, value: Any) -> None:
         )
 
 
-def start(name: str, value: Any) -> None:
-    """Where a moment starts is a number."""
-    if callable(value):
-        raise ValueError(
-            f"{who()}: {name} cannot be a schedule, because it is used once, in init; give a number"
-        )
-
-
 def scheduled(name: str, value: Any) -> None:
     """What a schedule returned must be a scalar."""
     if isinstance(value, NUMBERS) or (_is_real_array(value) and value.ndim == 0):
@@ -393,6 +385,6 @@ def at_least(low: int, name: str, value: Any) -> None:
         raise ValueError(f"{who()}: {name} must be >= {low}, or None for none, got {value}")
 
 
-def not_a_schedule(name: str, value: Any) -> None:
+def not_a_schedule(name: str, value: Any, because: str = " here") -> None:
     if callable(value):
-        raise ValueError(f"{who()}: {name} cannot be a schedule here; give a number")
+        raise ValueError(f"{who()}: {name} cannot be a schedule{because}; give a number")

@@ -62,7 +62,7 @@ def link(
     for name, value in values.items():
         checks.hyperparam(name, value)
         if name in starts:
-            checks.start(name, value)
+            checks.not_a_schedule(name, value, ", because it is used once, in init")
     scheduled = hyperparams.has_schedule(values)
     state = state or state_class(tuple(rule.moments), scheduled or "t" in rule.inputs)
     if scheduled and not count_fields(state, rule.moments):

@@ -107,6 +107,5 @@ def _argument(value: Any) -> str:
 def _text(tx: optax.GradientTransformation) -> str:
     if isinstance(tx, Transformation):
         return repr(tx)
-    return getattr(tx.update, "__qualname__", "?").split(".")[
-        0
-    ]  # the function that made it, as Optax names them
+    made_by = getattr(tx.update, "__qualname__", "?")  # clip.<locals>.update_fn, as Optax has it
+    return made_by.split(".")[0]
