@@ -223,6 +223,17 @@ def moment(path: tuple[Any, ...], gradient: Any, name: str, declared: Moment, st
         )
 
 
+def scales(path: tuple[Any, ...], name: str, codes: Any, scales: Any, block: int) -> None:
+    """The scales of a coded moment must be those of its format's blocks."""
+    wanted = (*codes.shape[:-1], -(-codes.shape[-1] // block))
+    if scales.shape != wanted:
+        raise ValueError(
+            f"{who()}: {_at(f'{name} of', path)} has codes of shape {codes.shape} and scales of "
+            f"shape {scales.shape}; blocks of {block} need {wanted}: the state was coded with "
+            f"another block size; make it anew, or restore it with the version that wrote it"
+        )
+
+
 def parameter(path: tuple[Any, ...], gradient: Any, p: Any, rules: Sequence[Rule]) -> None:
     """Parameters have the gradients' shapes, and rules that use them need them."""
     if p is None and not rules:
@@ -250,7 +261,7 @@ def returned(rule: Rule, out: Any) -> None:
 
 def averaged(rule: Rule, direction: Any) -> None:
     """A rule with a factor must return what it averages beside its direction."""
-    wanted = len(inspect.signature(rule.factor).parameters) if rule.factor else 0
+    wanted = rule.averages
     if not isinstance(direction, tuple) or len(direction) != 1 + wanted:
         raise ValueError(
             f"rule {rule.name}: with a factor of {wanted} arguments the direction must be a tuple "
@@ -388,3 +399,11 @@ def at_least(low: int, name: str, value: Any) -> None:
 def not_a_schedule(name: str, value: Any, because: str = " here") -> None:
     if callable(value):
         raise ValueError(f"{who()}: {name} cannot be a schedule{because}; give a number")
+
+
+def no_derivative(because: str) -> TypeError:
+    """The error for a gradient through an update that has none."""
+    return TypeError(
+        f"adam_jax: a gradient through the update, whose state {because}, which has no "
+        f"derivative; use storage='float32' and implementation='xla' for what is differentiated"
+    )

@@ -45,6 +45,11 @@ class Rule:
         return self.step.__name__
 
     @property
+    def averages(self) -> int:
+        """How many means over the leaf its factor takes."""
+        return len(inspect.signature(self.factor).parameters) if self.factor else 0
+
+    @property
     def __doc__(self) -> str | None:  # type: ignore[override]
         return self.step.__doc__
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -21,10 +21,11 @@ import optax
 from adam_jax import checks, hyperparams, storage
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.declare import Rule
-from adam_jax.implementations import IMPLEMENTATIONS
+from adam_jax.implementations import IMPLEMENTATIONS, Step
 from adam_jax.paths import path_string
 from adam_jax.states import count_fields, state_class
-from adam_jax.storage.noise import fold, path_key
+from adam_jax.storage import Blocks
+from adam_jax.storage.noise import Place, name_key, random_bits
 from adam_jax.transformation import Transformation
 
 Stages: TypeAlias = tuple[tuple[Rule, tuple[tuple[str, Any], ...]] | None, ...]
@@ -64,7 +65,10 @@ def link(
         if name in starts:
             checks.not_a_schedule(name, value, ", because it is used once, in init")
     scheduled = hyperparams.has_schedule(values)
-    state = state or state_class(tuple(rule.moments), scheduled or "t" in rule.inputs)
+    codes = storage.may_code(formats, rule.moments)
+    if state is None or (codes and not count_fields(state, rule.moments)):
+        # codes are rounded with random bits, which no two steps should share: they need a count
+        state = state_class(tuple(rule.moments), codes or scheduled or "t" in rule.inputs)
     if scheduled and not count_fields(state, rule.moments):
         checks.no_step_count(next(k for k, v in values.items() if callable(v)), state)
     options = tuple((k, given.get(k, v)) for k, v in rule.options.items())
@@ -146,7 +150,7 @@ class Chain:
     def _moments(self, tree: _Tree, states: Sequence[Any]) -> list[tuple[tuple[Any, ...], ...]]:
         """For each leaf, for each link, its moments as they are stored."""
         per_link = [
-            zip(*(tree.like("state", getattr(s, name)) for name in link.rule.moments), strict=True)
+            zip(*(_stored(tree, getattr(s, name)) for name in link.rule.moments), strict=True)
             if link.rule.moments
             else [()] * len(tree.leaves)
             for link, s in zip(self.links, states, strict=True)
@@ -168,7 +172,7 @@ class Chain:
         new = []
         for k, (link, state, step) in enumerate(zip(self.links, states, steps, strict=True)):
             moments = {
-                name: tree.with_leaves([leaf[k][i] for leaf in written])
+                name: _written(tree, getattr(state, name), [leaf[k][i] for leaf in written])
                 for i, name in enumerate(link.rule.moments)
             }
             state = state._replace(**step.counts, **moments)
@@ -195,15 +199,22 @@ class Chain:
         u = float(u) if isinstance(u, int) else u
         for link, moments in zip(self.links, stored, strict=True):
             for (name, declared), x in zip(link.rule.moments.items(), moments, strict=True):
-                checks.moment(path, u, name, declared, x)
+                checks.moment(path, u, name, declared, x.codes if storage.is_coded(x) else x)
+                if storage.is_coded(x):
+                    checks.scales(path, name, x.codes, x.scales, storage.block_of(x))
         wants_p = [stage[0] for stage in stages if stage and "p" in stage[0].inputs]
         checks.parameter(path, u, p, wants_p)
         if np.size(u) == 0:
             return u, stored
-        key = np.uint32(path_key(path_string(path))) if storage.draws(stored) else None
+        key = np.uint32([name_key(path_string(path))]) if storage.draws(stored) else None
         run = IMPLEMENTATIONS[self.implementation]
         p = p if wants_p else None
-        return run_leaf(u, g, p, stored, scalars, key, stages=stages, layout=layout, run=run)
+        used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
+        u, new = run_leaf(u, g, p, used, scalars, key, stages=stages, layout=layout, run=run)
+        news = iter(new)
+        return u, [
+            next(news) if stage else moments for moments, stage in zip(stored, stages, strict=True)
+        ]
 
 
 class _Tree:
@@ -226,6 +237,23 @@ class _Tree:
         return self.treedef.unflatten(leaves)
 
 
+def _stored(tree: _Tree, moment: Any) -> list[Any]:
+    """A moment's leaves as they are stored: arrays, or the codes and scales of one leaf."""
+    if not isinstance(moment, Blocks):
+        return tree.like("state", moment)
+    codes, scales = tree.like("state", moment.codes), tree.like("state", moment.scales)
+    return list(map(storage.one_leaf, codes, scales))
+
+
+def _written(tree: _Tree, moment: Any, leaves: Sequence[Any]) -> Any:
+    """The moment with new leaves."""
+    if not isinstance(moment, Blocks):
+        return tree.with_leaves(leaves)
+    scales = tree.like("state", moment.scales)
+    pairs = [x if isinstance(x, Blocks) else Blocks(x, s) for x, s in zip(leaves, scales, strict=True)]
+    return Blocks(*(tree.with_leaves([pair[i] for pair in pairs]) for i in (0, 1)))
+
+
 class _Step(NamedTuple):
     """What a link computes with in this step, the same for every leaf."""
 
@@ -243,15 +271,11 @@ def _step(link: Link, state: Any) -> _Step:
 
 
 def _init(link: Link, params: optax.Params) -> Any:
-    def start(name: str, path: tuple[Any, ...], leaf: Any) -> Any:
-        value = link.rule.moments[name].start
+    moments = {}
+    for name, declared in link.rule.moments.items():
+        value = declared.start
         value = link.hyperparams[value] if isinstance(value, str) else value
-        return storage.start(storage.format_of(link.storage, name, path, leaf), leaf, value)
-
-    moments = {
-        name: jax.tree_util.tree_map_with_path(functools.partial(start, name), params)
-        for name in link.rule.moments
-    }
+        moments[name] = storage.start(link.storage, name, declared, params, value)
     counts = {name: jnp.zeros([], jnp.int32) for name in count_fields(link.state, moments)}
     state = link.state(**counts, **moments)
     return optax.MaskedState(state) if link.mask is not None else state
@@ -280,8 +304,12 @@ def _is_none(x: Any) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("stages", "layout", "run"))
 def run_leaf(u, g, p, stored, scalars, key, *, stages, layout, run):
-    """`leaf`, compiled; one trace for each shape and dtype, whatever the path and the values."""
-    return run(functools.partial(leaf, stages, layout), u, g, p, stored, scalars, key)
+    """`leaf`, compiled; one trace for each shape and dtype, whatever the path and the values.
+
+    `stored` has the moments of the rules that act on the leaf.
+    """
+    asks = [stage[0].averages for stage in stages if stage and stage[0].factor]
+    return run(functools.partial(leaf, stages, layout), asks, u, g, p, stored, scalars, key)
 
 
 def leaf(
@@ -293,47 +321,54 @@ def leaf(
     stored: Sequence[tuple[Any, ...]],
     scalars: jax.Array,
     key: jax.Array | None,
-) -> tuple[jax.Array, list[tuple[Any, ...]]]:
-    """The step of one leaf: decode the moments, apply the rules, encode the moments."""
-    dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves((u, g, p, stored))))
+    place: Place,
+    share: Callable[..., jax.Array] | None = None,
+) -> Step:
+    """The step of one leaf, or of a part of it: decode the moments, apply the rules, encode them.
+
+    A generator: what has to be averaged over the whole leaf it yields, and is sent the means.
+    `share` makes the largest of blocks of which this is a part the largest of whole blocks.
+    """
+    dtype = arithmetic_dtype(*storage.dtypes((u, g, p, stored)))
     real = jnp.finfo(dtype).dtype
     operands = hyperparams.unpack(scalars.astype(real), layout)
+    active = [each for each in zip(stages, operands, strict=True) if each[0] is not None]
     emitted, u = u.dtype, u.astype(dtype)
     g = u if g is None else g.astype(dtype)
     p = None if p is None else p.astype(dtype)
     written = []
-    with _promotion(dtype):
-        for stage, moments, (t, hyper) in zip(stages, stored, operands, strict=True):
-            if stage is None:
-                written.append(moments)
-                continue
-            rule, options = stage
-            given = {"t": t, "g": g, "p": p}
-            inputs = {name: given[name] for name in rule.inputs}
-            decoded = [
-                storage.decode(x, dtype if moment.signed else real)
-                for x, moment in zip(moments, rule.moments.values(), strict=True)
-            ]
-            u, *new = _apply(rule, u, decoded, **inputs, **hyper, **dict(options))
-            keys = [
-                None if key is None or t is None else fold(key, name, t) for name in rule.moments
-            ]
-            written.append(tuple(map(storage.encode, new, moments, keys)))
+    for ((rule, options), (t, hyper)), moments in zip(active, stored, strict=True):
+        given = {"t": t, "g": g, "p": p}
+        inputs = {name: given[name] for name in rule.inputs}
+        decoded = [
+            storage.decode(x, dtype if moment.signed else real)
+            for x, moment in zip(moments, rule.moments.values(), strict=True)
+        ]
+        with _promotion(dtype):
+            u, averaged, *new = _apply(rule, u, decoded, **inputs, **hyper, **dict(options))
+        if averaged:
+            means = yield averaged
+            with _promotion(dtype):
+                u = u * rule.factor(*means)
+        drawn = storage.draws(moments) and t is not None
+        bits = random_bits(key[0], t, place) if drawn else None
+        encode = functools.partial(storage.encode, bits=bits, share=share)
+        written.append(tuple(map(encode, rule.moments, new, moments)))
     return u.astype(emitted), written
 
 
 def _apply(rule: Rule, u: jax.Array, moments: Sequence[jax.Array], **keywords: Any) -> Any:
-    """A rule's direction, with its factor, and its new moments."""
+    """A rule's direction, what its factor wants averaged, and its new moments."""
     out = rule.step(u, *moments, **keywords)
     if rule.moments:
         checks.returned(rule, out)
     direction, *new = out if rule.moments else (out,)
+    averaged: Sequence[jax.Array] = ()
     if rule.factor is not None:
         checks.averaged(rule, direction)
         direction, *averaged = direction
-        direction = direction * rule.factor(*(jnp.mean(x) for x in averaged))
     checks.outputs(rule, u, moments, direction, new)
-    return direction, *new
+    return direction, tuple(averaged), *new
 
 
 def _promotion(dtype: Any) -> contextlib.AbstractContextManager[Any]:

@@ -113,7 +113,7 @@ def moments(state: chex.ArrayTree) -> dict[str, Any]:
             f"{' (' + ', '.join(several) + ')' if several else ''}; "
             f"pass the state of an optimizer that has some, or of one, e.g. state[0]"
         )
-    return {name: jax.tree.map(_read, tree) for name, tree in found.items()}
+    return {name: _read(moment) for name, moment in found.items()}
 
 
 def step_count(state: chex.ArrayTree) -> jax.Array:
@@ -157,5 +157,14 @@ def named_tuples(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return found
 
 
-def _read(stored: Any) -> jax.Array:
-    return storage.decode(stored, arithmetic_dtype(stored.dtype))
+def _read(moment: Any) -> Any:
+    """A moment's tree as it is computed with."""
+
+    def read(stored: Any) -> jax.Array:
+        return storage.decode(stored, arithmetic_dtype(*storage.dtypes(stored)))
+
+    if isinstance(moment, storage.Blocks):
+        return jax.tree.map(
+            lambda codes, scales: read(storage.one_leaf(codes, scales)), moment.codes, moment.scales
+        )
+    return jax.tree.map(read, moment)

@@ -11,7 +11,12 @@ from hypothesis import given, strategies as st
 
 import adam_jax
 from adam_jax.storage.dense import stochastic_bfloat16
-from adam_jax.storage.noise import random_bits
+from adam_jax.storage import noise
+
+
+def random_bits(key, shape):
+    return noise.random_bits(jnp.uint32(key), jnp.float32(1), noise.whole(shape))
+
 
 finite = st.floats(-(2.0**127), 2.0**127, width=32).filter(lambda x: x == 0 or abs(x) > 1e-37)
 
@@ -27,7 +32,7 @@ def test_stochastic_rounding_takes_a_neighbour(x, bits):
 
 def test_stochastic_rounding_is_unbiased_and_leaves_inf_and_nan():
     x = jnp.float32(1 + 0.3 * 2**-7) * jnp.ones(200_000)
-    bits = random_bits(jnp.uint32(7), x.shape)
+    bits = random_bits(7, x.shape)
     rounded = stochastic_bfloat16(x, bits).astype(jnp.float32)
     assert np.asarray(rounded, np.float64).mean() == pytest.approx(float(x[0]), abs=3e-5)
     odd = jnp.array([jnp.inf, -jnp.inf, jnp.nan])
@@ -37,14 +42,14 @@ def test_stochastic_rounding_is_unbiased_and_leaves_inf_and_nan():
 
 
 def test_random_bits_look_random():
-    bits = np.asarray(random_bits(jnp.uint32(3), (512, 512)))
+    bits = np.asarray(random_bits(3, (512, 512)))
     assert len(np.unique(bits)) > 0.99 * (bits.size - bits.size**2 / 2**33)
     ones = np.unpackbits(bits.view(np.uint8)).mean()
     assert ones == pytest.approx(0.5, abs=1e-3)
     for shifted in (
         np.roll(bits, 1, 0),
         np.roll(bits, 1, 1),
-        random_bits(jnp.uint32(4), bits.shape),
+        random_bits(4, bits.shape),
     ):
         correlation = np.corrcoef(bits.ravel() / 2**32, np.asarray(shifted).ravel() / 2**32)[0, 1]
         assert abs(correlation) < 0.01

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from adam_jax.implementations import xla
+from adam_jax.implementations import stream, xla
+from adam_jax.implementations.steps import Step
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"auto": xla.run, "xla": xla.run}
+__all__ = ["IMPLEMENTATIONS", "Step"]
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "auto": stream.where_coded,
+    "xla": xla.run,
+    "stream": stream.run,
+}
 """Each takes the step of one leaf and its operands and returns the step's result."""

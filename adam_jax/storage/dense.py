@@ -5,8 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from adam_jax.storage.noise import random_bits
-
 
 def default(leaf_dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
     """The parameter's dtype, as in Optax; float32 where squares of gradients would underflow."""
@@ -21,14 +19,14 @@ def decode(stored: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return stored.astype(dtype)
 
 
-def encode(x: jax.Array, stored: jax.Array, key: jax.Array | None) -> jax.Array:
-    """x in the dtype of `stored`: rounded stochastically to bfloat16, where there is a key.
+def encode(x: jax.Array, stored: jax.Array, bits: jax.Array | None) -> jax.Array:
+    """x in the dtype of `stored`: rounded stochastically to bfloat16, where there are bits.
 
     To the nearest, an average would stop moving once (1 - b)·change is below half an ulp: at
     b2 = 0.999 and above bfloat16's nu would never decay.
     """
-    if stored.dtype == jnp.bfloat16 and key is not None and x.dtype != jnp.bfloat16:
-        return stochastic_bfloat16(x.astype(jnp.float32), random_bits(key, x.shape))
+    if stored.dtype == jnp.bfloat16 and bits is not None and x.dtype != jnp.bfloat16:
+        return stochastic_bfloat16(x.astype(jnp.float32), bits)
     return x.astype(stored.dtype)
 
 

@@ -4,33 +4,57 @@ from __future__ import annotations
 
 import functools
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-
-def path_key(path: str) -> int:
-    """A leaf's share of the key, so that two leaves of equal content are rounded independently."""
-    return zlib.crc32(path.encode())
+_GOLDEN = 0x9E3779B1  # 2³²/φ, odd: its multiples are spread evenly
 
 
-def fold(key: jax.Array, moment: str, t: jax.Array) -> jax.Array:
-    """The key of one moment of a leaf at one step."""
-    return _mix(_mix(key + jnp.uint32(path_key(moment))) ^ t.astype(jnp.uint32))
+class Place(NamedTuple):
+    """Where elements lie in the whole leaf: at [row, column + lane], rows counted over the rest."""
+
+    row: jax.Array
+    column: jax.Array
+    lane: jax.Array
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """32 random bits for each element, from its row and column in the whole array.
+def whole(shape: tuple[int, ...]) -> Place:
+    """The place of an array that is all of its leaf.
 
-    They come from iotas, which a partitioner splits as it splits the array: an element draws the
+    It comes from iotas, which a partitioner splits as it splits the array: an element draws the
     same number however it is sharded. (Inside a shard_map of one's own the index is the shard's.)
     """
-    iota = functools.partial(jax.lax.broadcasted_iota, jnp.uint32, shape)
-    row = jnp.zeros(shape, jnp.uint32)
+    per_row = (*shape[:-1], 1) if shape else ()
+    row = jnp.zeros(per_row, jnp.uint32)
     for axis, size in enumerate(shape[:-1]):
-        row = row * jnp.uint32(size) + iota(axis)
-    column = iota(len(shape) - 1) if shape else row
-    return _mix(_mix(row ^ key) + column * jnp.uint32(0x9E3779B1))
+        iota = jax.lax.broadcasted_iota(jnp.uint32, per_row, axis)
+        row = row * jnp.uint32(size) + iota
+    lane = jnp.zeros((), jnp.uint32)
+    if shape:
+        per_lane = (*(1 for _ in shape[:-1]), shape[-1])
+        lane = jax.lax.broadcasted_iota(jnp.uint32, per_lane, len(shape) - 1)
+    return Place(row, jnp.zeros_like(row), lane)
+
+
+@functools.cache
+def name_key(name: str) -> int:
+    """A name's share of a key: equal leaves, and moments, are rounded independently."""
+    return zlib.crc32(name.encode())
+
+
+def random_bits(key: jax.Array, t: jax.Array, place: Place) -> jax.Array:
+    """32 random bits for each element of the leaf with this key at step t."""
+    row = _mix(place.row ^ _mix(key ^ t.astype(jnp.uint32))) + place.column * jnp.uint32(_GOLDEN)
+    row = jax.lax.optimization_barrier(row)  # once for each row: fused, it would be for each element
+    return _mix(row + place.lane * jnp.uint32(_GOLDEN))
+
+
+def vary(bits: jax.Array, name: str) -> jax.Array:
+    """Other bits from the same ones: a moment's own, at half the price of drawing anew."""
+    x = (bits ^ jnp.uint32(name_key(name))) * jnp.uint32(0xD35A2D97)
+    return x ^ (x >> 15)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -1,0 +1,88 @@
+"""Moments kept as a code for each element and a scale for each block along the last axis.
+
+The codes have the leaf's shape; the scales its shape with the last axis counted in blocks. So the
+parameter's PartitionSpec fits both, and what is stored tells by itself how to read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Blocks(NamedTuple):
+    """A coded moment: its codes and their scales, each a tree like the parameters'.
+
+    A leaf that stays uncoded has its values for codes, and scales of ones.
+    """
+
+    codes: Any
+    scales: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """How the numbers of one block, divided by the largest magnitude among them, are coded.
+
+    Attributes:
+      dtype: of the codes; no two codes share one, because it says how a state is read.
+      encode: (y, draw) → codes, with y in [-1, 1] ([0, 1] for a code of non-negative numbers) and
+        draw uniform in [0, 1) for stochastic rounding; it is 1/2 where the nearest is wanted.
+      decode: codes → y in float32. ±1 and 0 must come back exactly.
+      block: how many elements along the last axis share a scale, a power of two.
+    """
+
+    dtype: Any
+    encode: Callable[[jax.Array, jax.Array], jax.Array]
+    decode: Callable[[jax.Array], jax.Array]
+    block: int = 128
+
+
+def scales_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
+    """The shape of the scales of an array that is coded in blocks."""
+    return (*shape[:-1], -(-shape[-1] // block))
+
+
+def size(stored: Blocks) -> int:
+    """How many elements share a scale: the power of two that the shapes tell."""
+    block = 1
+    while -(-stored.codes.shape[-1] // block) > stored.scales.shape[-1]:
+        block *= 2
+    return block
+
+
+def decode(code: Code, stored: Blocks) -> jax.Array:
+    """The moment in float32."""
+    y = code.decode(stored.codes)
+    return y * _each(stored.scales, size(stored), y.shape[-1])
+
+
+def encode(
+    code: Code,
+    x: jax.Array,
+    draw: jax.Array,
+    block: int,
+    share: Callable[[jax.Array], jax.Array] | None = None,
+) -> Blocks:
+    """x in codes, each block's largest magnitude exactly; an Inf or NaN makes its block NaN."""
+    n = x.shape[-1]
+    filled = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
+    largest = jnp.max(filled.reshape(*x.shape[:-1], -1, block), axis=-1)
+    largest = largest if share is None else share(largest)
+    scales = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+    # a hair above 1, so that the largest reaches 1 in spite of rounding; in two factors, because
+    # 1/scale leaves float32's range at both of its ends
+    halfway = jnp.where(scales > 1, 2.0**-63, 2.0**63).astype(jnp.float32)
+    inverse = jnp.where(scales > 0, (1 + 2.0**-22) / (scales * halfway), 0)
+    y = x * _each(halfway, block, n) * _each(inverse, block, n)
+    return Blocks(code.encode(jnp.clip(y, -1, 1), draw), scales)
+
+
+def _each(per_block: jax.Array, block: int, n: int) -> jax.Array:
+    """A value for each element of (…, n) from one for each block."""
+    spread = jnp.broadcast_to(per_block[..., None], (*per_block.shape, block))
+    return spread.reshape(*per_block.shape[:-1], -1)[..., :n]
