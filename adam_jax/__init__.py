@@ -1,6 +1,6 @@
 """The Adam family for JAX: Optax transformations, each written once, as its paper has it."""
 
-from adam_jax import rules, schedules
+from adam_jax import rules, schedules, storage
 from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
 from adam_jax.catalogue import catalogue
 from adam_jax.compare import compare
@@ -26,6 +26,7 @@ from adam_jax.directions import (
     scale_by_yogi,
     trace,
 )
+from adam_jax.interop import convert_state
 from adam_jax.modifiers import cautious, grams, mars
 from adam_jax.optimizers import (
     adabelief,
@@ -52,6 +53,7 @@ from adam_jax.optimizers import (
     yogi,
 )
 from adam_jax.paths import matching, not_matching
+from adam_jax.report import memory_report
 from adam_jax.schedule_free import schedule_free_adamw, schedule_free_eval_params
 from adam_jax.states import moments, step_count
 from adam_jax.transformation import chain
@@ -74,6 +76,7 @@ __all__ = [
     "cautious",
     "chain",
     "compare",
+    "convert_state",
     "debias",
     "ema",
     "from_rule",
@@ -83,6 +86,7 @@ __all__ = [
     "lion",
     "mars",
     "matching",
+    "memory_report",
     "moments",
     "nadam",
     "nadamw",
@@ -119,6 +123,7 @@ __all__ = [
     "sqrt",
     "stable_adamw",
     "step_count",
+    "storage",
     "trace",
     "yogi",
 ]

@@ -407,3 +407,11 @@ def no_derivative(because: str) -> TypeError:
         f"adam_jax: a gradient through the update, whose state {because}, which has no "
         f"derivative; use storage='float32' and implementation='xla' for what is differentiated"
     )
+
+
+def not_convertible(moments: Iterable[Sequence[str]], why: str) -> None:
+    named = "; ".join(", ".join(names) for names in moments)
+    raise ValueError(
+        f"{who()}: the moments {named}, {why}; convert between states of one variant and of the "
+        f"same parameters, or start anew with tx.init(params)"
+    )

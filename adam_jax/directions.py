@@ -28,10 +28,11 @@ def scale_by_rule(
 
     Args:
       rule: a declared variant; see `rule`.
-      storage: what the moments are kept in: "float32", "bfloat16", a dtype, a mapping from moments
-        to these, or a function (path, leaf) of these. By default a moment has its parameter's
-        dtype (float32 for float16 parameters); bfloat16 is rounded stochastically.
-      implementation: how a leaf's step is executed: "auto" or "xla".
+      storage: what the moments are kept in: "float32", "bfloat16", "int8", a dtype, a mapping from
+        moments to these, or a function (path, leaf) of these. By default a moment has its
+        parameter's dtype (float32 for float16 parameters); bfloat16 and int8 are rounded
+        stochastically, and leaves under 4096 elements stay float32 where a name asks for int8.
+      implementation: how a leaf's step is executed: "xla", "stream" or "auto".
       **hyperparams: the rule's, each a number, a scalar array or a schedule of the step count;
         those with a default may be left out.
 

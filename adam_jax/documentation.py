@@ -12,9 +12,11 @@ ARGUMENTS = {
     any η; "cautious": only where the step, too, shrinks the weight; "proximal": p/(1 + ηλ) after
     the step; "l2": λ·p added to the gradient.""",
     "cautious": "drop what of the direction points against the gradient; see `cautious`.",
-    "storage": """what the moments are kept in: "float32", "bfloat16", a dtype, {moment: either}, or
-    a function (path, leaf) of these. None: the parameter's dtype, float32 for float16.""",
-    "implementation": """how a leaf's step is executed: "auto" or "xla".""",
+    "storage": """what the moments are kept in: "float32", "bfloat16", "int8" (2 bytes per parameter
+    for two moments; leaves under 4096 elements stay float32), a dtype, {moment: one of these}, or a
+    function (path, leaf) of these. None: the parameter's dtype, float32 for float16.""",
+    "implementation": """how a leaf's step is executed: "xla", "stream" (in tiles, in place), or
+    "auto": the latter for coded moments.""",
 }
 
 ENDING = """

@@ -250,7 +250,9 @@ def _written(tree: _Tree, moment: Any, leaves: Sequence[Any]) -> Any:
     if not isinstance(moment, Blocks):
         return tree.with_leaves(leaves)
     scales = tree.like("state", moment.scales)
-    pairs = [x if isinstance(x, Blocks) else Blocks(x, s) for x, s in zip(leaves, scales, strict=True)]
+    pairs = [
+        x if isinstance(x, Blocks) else Blocks(x, s) for x, s in zip(leaves, scales, strict=True)
+    ]
     return Blocks(*(tree.with_leaves([pair[i] for pair in pairs]) for i in (0, 1)))
 
 

@@ -12,7 +12,7 @@ from adam_jax import checks, rules
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.engine import Link, lift, link
 from adam_jax.states import RmsCounted, named_tuples
-from adam_jax.storage import Storage, with_dtype
+from adam_jax.storage import Storage, uncoded, with_dtype
 from adam_jax.transformation import Transformation, constructor
 
 
@@ -53,7 +53,7 @@ def schedule_free_adamw(
       eps: ≥ 0, added to the root.
       weight_decay: λ ≥ 0, at y.
       weight_lr_power: ≥ 0, how much more a step of a larger η weighs in the average.
-      state_dtype: the dtype of z; the same as storage={"z": dtype}.
+      state_dtype: the dtype of z; the same as storage={"z": dtype}. Codes are for nu alone.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = schedule_free_adamw(0.0025, warmup_steps=100)
@@ -65,6 +65,7 @@ def schedule_free_adamw(
     """
     checks.above_zero("b1", b1)
     formats = with_dtype(storage, "z", "state_dtype", state_dtype)
+    of_z = uncoded(formats, "z", "which holds parameters: each rounding would move them")
 
     scheduled = warmup_steps is not None or callable(learning_rate)
     rate_state = optax.ScaleByScheduleState if scheduled else None
@@ -75,7 +76,7 @@ def schedule_free_adamw(
             link(rules.rms, squares, formats=formats, state=RmsCounted),
             link(rules.decay_decoupled, {"weight_decay": weight_decay}),
             link(rules.descend, {"learning_rate": rate}, state=rate_state),
-            link(rules.schedule_free, {"b1": b1, "share": share}, formats=formats, state=_Iterate),
+            link(rules.schedule_free, {"b1": b1, "share": share}, formats=of_z, state=_Iterate),
         )
 
     def chain(rate: chex.Numeric, share: chex.Numeric) -> Transformation:

@@ -163,8 +163,5 @@ def _read(moment: Any) -> Any:
     def read(stored: Any) -> jax.Array:
         return storage.decode(stored, arithmetic_dtype(*storage.dtypes(stored)))
 
-    if isinstance(moment, storage.Blocks):
-        return jax.tree.map(
-            lambda codes, scales: read(storage.one_leaf(codes, scales)), moment.codes, moment.scales
-        )
-    return jax.tree.map(read, moment)
+    tree = moment.codes if isinstance(moment, storage.Blocks) else moment
+    return storage.with_leaves(tree, [read(x) for x in storage.leaves(moment).values()])

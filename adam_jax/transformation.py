@@ -10,7 +10,7 @@ from typing import Any, ParamSpec
 
 import optax
 
-from adam_jax import checks
+from adam_jax import checks, storage
 from adam_jax.documentation import complete
 
 P = ParamSpec("P")
@@ -91,7 +91,7 @@ def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation
             if checks.allowed(name) and value is not None:
                 checks.argument(name, value)
         told = {
-            k: v
+            k: storage.described(v) if k == "storage" else v
             for k, v in bound.arguments.items()
             if isinstance(v, float) or v is not signature.parameters[k].default
         }

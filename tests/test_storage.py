@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 import adam_jax
-from adam_jax.storage.dense import stochastic_bfloat16
 from adam_jax.storage import noise
+from adam_jax.storage.dense import stochastic_bfloat16
 
 
 def random_bits(key, shape):

@@ -42,7 +42,9 @@ class Shard(NamedTuple):
             indices, row = jnp.unravel_index(row, shape[:-1]), jnp.zeros_like(row)
             for index, first, size in zip(indices, leading, self.whole, strict=False):
                 row = row * jnp.uint32(size) + index + first
-        lane = jax.lax.broadcasted_iota(jnp.uint32, (*(1 for _ in row.shape[:-1]), width), row.ndim - 1)
+        lane = jax.lax.broadcasted_iota(
+            jnp.uint32, (*(1 for _ in row.shape[:-1]), width), row.ndim - 1
+        )
         return Place(row, column + last, lane)
 
     def mean(self, sums: Sequence[jax.Array]) -> list[jax.Array]:
@@ -95,7 +97,10 @@ def per_shard(run: Callable[..., Any], *operands: Any) -> Any:
             for x, role, spec in zip([*arrays, *indices], [*roles, *u.shape], inputs, strict=True)
         ]
         kept = jax.tree.leaves((u, operands[3]))  # whose types the results must have, for a scan
-        out = [jax.reshard(x, jax.typeof(k).sharding) for x, k in zip(mapped(*given), kept, strict=True)]
+        out = [
+            jax.reshard(x, jax.typeof(k).sharding)
+            for x, k in zip(mapped(*given), kept, strict=True)
+        ]
     else:
         out = _partitioned(whole, split, u.ndim, roles, written)(*arrays, *indices)
     return jax.tree.unflatten(jax.tree.structure((u, operands[3])), out)

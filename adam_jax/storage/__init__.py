@@ -7,7 +7,7 @@ stored determines how it is read and written, so update never sees the policy.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import chex
@@ -155,6 +155,29 @@ def one_leaf(codes: Any, scales: Any) -> Any:
     return Blocks(codes, scales) if getattr(codes, "dtype", None) in CODES else codes
 
 
+def leaves(moment: Any) -> dict[str, Any]:
+    """A moment's leaves by their paths, each as it is stored; also of NNX Variables."""
+    coded = isinstance(moment, Blocks)
+    codes = jax.tree_util.tree_leaves_with_path(moment.codes if coded else moment)
+    scales = jax.tree.leaves(moment.scales) if coded else [None] * len(codes)
+    return {path_string(p): one_leaf(x, s) for (p, x), s in zip(codes, scales, strict=True)}
+
+
+def with_leaves(moment: Any, new: Sequence[Any]) -> Any:
+    """The moment with new leaves, stored as its own are."""
+    if not isinstance(moment, Blocks):
+        return jax.tree.unflatten(jax.tree.structure(moment), new)
+    codes = jax.tree.unflatten(jax.tree.structure(moment.codes), [codes_of(x) for x in new])
+    kept = jax.tree.leaves(moment.scales)
+    scales = [x.scales if isinstance(x, Blocks) else s for x, s in zip(new, kept, strict=True)]
+    return Blocks(codes, jax.tree.unflatten(jax.tree.structure(moment.scales), scales))
+
+
+def codes_of(stored: Any) -> Any:
+    """What has the leaf's shape: its codes, or its values."""
+    return stored.codes if isinstance(stored, Blocks) else stored
+
+
 def block_of(stored: Any) -> int:
     """How many elements share a scale in this format; 1 where nothing is coded."""
     return CODES[stored.codes.dtype].block if isinstance(stored, Blocks) else 1
@@ -240,11 +263,34 @@ def is_format(storage: Any) -> bool:
     return isinstance(storage, str) and storage in FORMATS
 
 
+def described(storage: Storage) -> str:
+    """`storage` as a repr shows it: int8[128] for codes in blocks of 128."""
+    if is_format(storage):
+        return f"{storage}[{FORMATS[storage].signed.block}]"
+    if isinstance(storage, Mapping):
+        return f"{{{', '.join(f'{k}: {described(v)}' for k, v in storage.items())}}}"
+    if _is_function(storage):
+        return storage.__name__
+    dtype = None if storage is None else _floating(storage)
+    return str(storage if dtype is None else dtype)
+
+
 def may_code(storage: Storage, moments: Collection[str]) -> bool:
     """Whether any of these moments may come to be coded."""
     if isinstance(storage, Mapping):
         return any(is_format(storage.get(name)) for name in moments)
     return bool(moments) and (is_format(storage) or _is_function(storage))
+
+
+def uncoded(storage: Storage, name: str, because: str) -> Storage:
+    """`storage` with the default in the place of codes, for what cannot be coded."""
+    if isinstance(storage, Mapping) and is_format(storage.get(name)):
+        raise ValueError(
+            f"{checks.who()}: storage={storage!r} codes {name}, {because}; give it a dtype"
+        )
+    if _is_function(storage):
+        return lambda path, leaf: uncoded(storage(path, leaf), name, because)
+    return None if is_format(storage) else storage
 
 
 def format_of(storage: Storage, name: str, path: tuple[Any, ...], leaf: Any) -> Any:

@@ -23,6 +23,13 @@ class Blocks(NamedTuple):
     codes: Any
     scales: Any
 
+    def __repr__(self) -> str:
+        """The trees, and how many leaves stayed uncoded, so that none does so silently."""
+        dtypes = [str(x.dtype) for x in jax.tree.leaves(self.codes) if hasattr(x, "dtype")]
+        kept = sorted({d for d in dtypes if "float" in d and "float8" not in d})
+        told = "".join(f", {dtypes.count(d)} of {len(dtypes)} leaves kept {d}" for d in kept)
+        return f"Blocks(codes={self.codes!r}, scales={self.scales!r}{told})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Code:

@@ -47,7 +47,9 @@ def name_key(name: str) -> int:
 def random_bits(key: jax.Array, t: jax.Array, place: Place) -> jax.Array:
     """32 random bits for each element of the leaf with this key at step t."""
     row = _mix(place.row ^ _mix(key ^ t.astype(jnp.uint32))) + place.column * jnp.uint32(_GOLDEN)
-    row = jax.lax.optimization_barrier(row)  # once for each row: fused, it would be for each element
+    row = jax.lax.optimization_barrier(
+        row
+    )  # once for each row: fused, it would be for each element
     return _mix(row + place.lane * jnp.uint32(_GOLDEN))
 
 
