@@ -206,7 +206,7 @@ class Chain:
         checks.parameter(path, u, p, wants_p)
         if np.size(u) == 0:
             return u, stored
-        key = np.uint32([name_key(path_string(path))]) if storage.draws(stored) else None
+        key = np.array([name_key(path_string(path))], np.uint32) if storage.draws(stored) else None
         run = IMPLEMENTATIONS[self.implementation]
         p = p if wants_p else None
         used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
@@ -334,7 +334,7 @@ def leaf(
     dtype = arithmetic_dtype(*storage.dtypes((u, g, p, stored)))
     real = jnp.finfo(dtype).dtype
     operands = hyperparams.unpack(scalars.astype(real), layout)
-    active = [each for each in zip(stages, operands, strict=True) if each[0] is not None]
+    active = [(stage, o) for stage, o in zip(stages, operands, strict=True) if stage is not None]
     emitted, u = u.dtype, u.astype(dtype)
     g = u if g is None else g.astype(dtype)
     p = None if p is None else p.astype(dtype)
@@ -348,12 +348,13 @@ def leaf(
         ]
         with _promotion(dtype):
             u, averaged, *new = _apply(rule, u, decoded, **inputs, **hyper, **dict(options))
-        if averaged:
+        if rule.factor is not None:
             means = yield averaged
             with _promotion(dtype):
                 u = u * rule.factor(*means)
-        drawn = storage.draws(moments) and t is not None
-        bits = random_bits(key[0], t, place) if drawn else None
+        bits = None
+        if key is not None and t is not None and storage.draws(moments):
+            bits = random_bits(key[0], t, place)
         encode = functools.partial(storage.encode, bits=bits, share=share)
         written.append(tuple(map(encode, rule.moments, new, moments)))
     return u.astype(emitted), written

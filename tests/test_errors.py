@@ -189,8 +189,8 @@ def test_traced_values_are_not_validated():
 # Choices, storage, masks
 
 FORMAT = (
-    "storage must be one of 'float32', 'bfloat16', 'int8', a floating-point dtype, a mapping from moments "
-    "to these or a function (path, leaf) of these, got"
+    "storage must be one of 'float32', 'bfloat16', 'int8', a floating-point dtype, a mapping from "
+    "moments to these or a function (path, leaf) of these, got"
 )
 FUNCTION = r"<function .*>"
 CONFLICT = "; drop mu_dtype and write storage={'mu': 'float32', ...}"

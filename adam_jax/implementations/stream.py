@@ -8,6 +8,7 @@ in each iteration.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from adam_jax.implementations import cut, xla
 from adam_jax.implementations.shards import Shard, per_shard
 from adam_jax.implementations.steps import Step, asked, finish
 from adam_jax.storage import Blocks
-from adam_jax.storage.noise import Place
 
 TILE = 2**17
 """Elements in a tile: they fit a core's cache, and the loop over them costs little."""
@@ -52,92 +52,101 @@ def _run(
     """The step of what one device has of a leaf."""
     if shard.cut:
         return cut.run(leaf, u, g, p, stored, scalars, key, shard)
-    shape = u.shape
     block = max([1, *(storage.block_of(x) for moments in stored for x in moments)])
-    # two axes: a block in each row where blocks fit, else the leaf's own rows
-    width = shape[-1] if shape[-1] % block else block
-    view = functools.partial(jax.tree.map, lambda x: x.reshape(u.size // width, -1))
-    g, p, before = view(g), view(p), view((u, stored))
+    grid = _Grid.of(u.shape, block)
+    before = (u, stored)
     means: list[Sequence[jax.Array]] = []
 
     def step(tile: _Tile, old: Any) -> Step:
         u, stored = tile.read(old)
-        place = tile.place(shard, shape)
+        place = shard.place(*tile.rows_and_columns(), grid.lanes, grid.shape)
         return leaf(u, *tile.read((g, p)), stored, scalars, key, place)
 
     def add(tile: _Tile, sums: Any) -> Any:
         def new() -> Any:
             xs = asked(step(tile, before), means)
-            return [jnp.sum(x) for x in tile.where_new(xs, jax.tree.map(jnp.zeros_like, xs))]
+            return [jnp.sum(x) for x in tile.owned(xs, jax.tree.map(jnp.zeros_like, xs))]
 
         return jax.tree.map(jnp.add, sums, tile.bounded(new))
 
     def advance(tile: _Tile, old: Any) -> Any:
         def new() -> Any:
             known = iter(means)
-            return tile.where_new(finish(step(tile, old), lambda _: next(known)), tile.read(old))
+            return tile.owned(finish(step(tile, old), lambda _: next(known)), tile.read(old))
 
         return tile.write(old, tile.bounded(new))
 
-    regions = _regions(u.size // width, width, block)
     for count in asks:  # each mean takes a pass of its own, in which nothing is written
-        sums = [jnp.zeros([], scalars.dtype)] * count
-        for region in regions:
-            sums = region.loop(add, sums)
-        means.append(shard.mean(sums))
-    after = before
-    for region in regions:
-        after = region.loop(advance, after)
-    return jax.tree.map(lambda x, like: x.reshape(like.shape), after, (u, stored))
+        means.append(shard.mean(grid.loop(add, [jnp.zeros([], scalars.dtype)] * count)))
+    return grid.loop(advance, before)
 
 
-class _Region(NamedTuple):
-    """A range of columns, cut into tiles of equal size; the lowest may reach back over others."""
+class _Grid(NamedTuple):
+    """How a leaf is cut along one axis into tiles, and each tile seen as rows of blocks.
 
-    rows: int
-    columns: int
-    height: int
-    column: int
-    width: int
-    across: int
+    The tiles step by `step` and are `size` long. Where that is not the same, or does not divide the
+    axis, neighbours overlap, and an element is the tile's whose step it is in.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    step: int
+    size: int
+    block: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], block: int) -> _Grid:
+        """Tiles of about TILE elements that cut no block."""
+        axis = next(k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= TILE)
+        if axis < len(shape) - 1:
+            step = _divisor(shape[axis], TILE // math.prod(shape[axis + 1 :]))
+            return cls(shape, axis, step, step, block)
+        step = min(shape[-1], TILE) // block * block or shape[-1]
+        return cls(shape, axis, step, min(step + shape[-1] % block, shape[-1]), block)
+
+    @property
+    def count(self) -> int:
+        """Tiles along the axis; the last may be longer than a step."""
+        return max(1, -(-(self.shape[self.axis] - (self.size - self.step)) // self.step))
+
+    @property
+    def lanes(self) -> int:
+        """Columns in a row of a tile: a block where blocks fit, else all that the tile has."""
+        width = self.size if self.axis == len(self.shape) - 1 else self.shape[-1]
+        return width if width % self.block else self.block
 
     def loop(self, advance: Callable[[_Tile, Any], Any], state: Any) -> Any:
-        down = -(-self.rows // self.height)
-        tiles = down * self.across
+        tiles = self.count * math.prod(self.shape[: self.axis])
         return jax.lax.fori_loop(0, tiles, lambda i, s: advance(_Tile(self, i, tiles), s), state)
 
 
-def _regions(rows: int, width: int, block: int) -> list[_Region]:
-    """Tiles of at most TILE elements that cut no block."""
-    if width <= TILE:
-        return [_Region(rows, width, _height(rows, TILE // width), 0, width, 1)]
-    wide = TILE // block * block
-    across, rest = divmod(width, wide)
-    regions = [_Region(rows, width, 1, 0, wide, across)]
-    if rest:
-        height = _height(rows, TILE // rest)
-        regions.append(_Region(rows, width, height, wide * across, rest, 1))
-    return regions
-
-
-def _height(rows: int, most: int) -> int:
-    """Rows in a tile: a divisor of all if there is one not much below the most that fits."""
-    most = min(rows, most)
-    return next((h for h in range(most, most // 2, -1) if rows % h == 0), most)
+def _divisor(n: int, most: int) -> int:
+    """A divisor of n that is not much below the most that fits; else the most."""
+    most = min(n, most)
+    return next((d for d in range(most, most // 2, -1) if n % d == 0), most)
 
 
 class _Tile(NamedTuple):
-    """The i-th tile of a region."""
+    """The i-th tile of a grid, seen as a matrix with `lanes` columns."""
 
-    region: _Region
+    grid: _Grid
     i: jax.Array
     tiles: int
 
-    def _start(self) -> tuple[jax.Array, jax.Array]:
-        region = self.region
-        row = self.i // region.across * region.height
-        row = jnp.minimum(row, region.rows - region.height)
-        return row, region.column + self.i % region.across * region.width
+    def _lead_and_start(self) -> tuple[jax.Array, jax.Array]:
+        """The index over the axes in front, raveled, and the first index along the axis."""
+        grid = self.grid
+        start = jnp.minimum(self.i % grid.count * grid.step, grid.shape[grid.axis] - grid.size)
+        return self.i // grid.count, start
+
+    def _slices(self, block: int) -> tuple[list[Any], list[int]]:
+        """Where the tile is in an array whose last axis is counted in blocks, and its shape."""
+        grid = self.grid
+        lead, start = self._lead_and_start()
+        starts: list[Any] = [*jnp.unravel_index(lead, grid.shape[: grid.axis])] if grid.axis else []
+        starts += [start] + [jnp.zeros_like(start)] * (len(grid.shape) - 1 - grid.axis)
+        sizes = [1] * grid.axis + [grid.size, *grid.shape[grid.axis + 1 :]]
+        return [*starts[:-1], starts[-1] // block], [*sizes[:-1], -(-sizes[-1] // block)]
 
     def bounded(self, new: Callable[[], Any]) -> Any:
         """new(), behind the boundary that keeps XLA from copying buffers."""
@@ -145,37 +154,53 @@ class _Tile(NamedTuple):
         return jax.lax.cond(self.i < self.tiles, new, lambda: nothing)
 
     def read(self, tree: Any) -> Any:
-        row, column = self._start()
+        rows = self._rows()
 
         def part(x: jax.Array, block: int) -> jax.Array:
-            size = (self.region.height, -(-self.region.width // block))
-            return jax.lax.dynamic_slice(x, (row, column // block), size)
+            return jax.lax.dynamic_slice(x, *self._slices(block)).reshape(rows, -1)
 
         return jax.tree.map(part, tree, _spans(tree))
 
-    def write(self, tree: Any, parts: Any) -> Any:
-        row, column = self._start()
+    def write(self, tree: Any, new: Any) -> Any:
+        def put(x: jax.Array, part: jax.Array, block: int) -> jax.Array:
+            starts, sizes = self._slices(block)
+            return jax.lax.dynamic_update_slice(x, part.reshape(sizes), starts)
 
-        def put(x: jax.Array, new: jax.Array, block: int) -> jax.Array:
-            return jax.lax.dynamic_update_slice(x, new, (row, column // block))
+        return jax.tree.map(put, tree, new, _spans(tree))
 
-        return jax.tree.map(put, tree, parts, _spans(tree))
-
-    def where_new(self, new: Any, old: Any) -> Any:
-        """new, but for the rows that an earlier tile has done."""
-        if self.region.rows % self.region.height == 0:
+    def owned(self, new: Any, old: Any) -> Any:
+        """new where an element is this tile's, old where it is a neighbour's."""
+        grid = self.grid
+        length = grid.shape[grid.axis]
+        if grid.size == grid.step and length % grid.step == 0:
             return new
-        row = self._start()[0] + jax.lax.iota(jnp.int32, self.region.height)[:, None]
-        fresh = row >= self.i // self.region.across * self.region.height
-        return jax.tree.map(lambda n, o: jnp.where(fresh, n, o), new, old)
+        first = self.i % grid.count * grid.step
+        last = jnp.where(self.i % grid.count == grid.count - 1, length, first + grid.step)
 
-    def place(self, shard: Shard, shape: tuple[int, ...]) -> Place:
-        """Where the tile's elements lie in the leaf, of which the shard has this shape."""
-        row, column = self._start()
-        row = (row + jax.lax.iota(jnp.int32, self.region.height))[:, None]
-        per_row = shape[-1] // self.region.columns  # more than one where rows are blocks
-        column = row % per_row * self.region.columns + column
-        return shard.place(row // per_row, column, self.region.width, shape)
+        def choose(n: jax.Array, o: jax.Array, block: int) -> jax.Array:
+            sizes = self._slices(block)[1]
+            at = jax.lax.broadcasted_iota(jnp.int32, sizes, grid.axis)
+            if grid.axis == len(sizes) - 1:
+                at = at * block
+            at = (self._lead_and_start()[1] + at).reshape(n.shape)
+            return jnp.where((first <= at) & (at < last), n, o)
+
+        return jax.tree.map(choose, new, old, _spans(new))
+
+    def _rows(self) -> int:
+        return math.prod(self._slices(1)[1]) // self.grid.lanes
+
+    def rows_and_columns(self) -> tuple[jax.Array, jax.Array]:
+        """Where in the array the matrix's rows begin: its row, over all axes but the last."""
+        grid = self.grid
+        lead, start = self._lead_and_start()
+        across = self._slices(1)[1][-1] // grid.lanes  # rows of the matrix in a row of the tile
+        at = jax.lax.iota(jnp.int32, self._rows())[:, None]
+        if grid.axis == len(grid.shape) - 1:
+            return jnp.broadcast_to(lead, at.shape), start + at * grid.lanes
+        inner = math.prod(grid.shape[grid.axis + 1 : -1])
+        row = (lead * grid.shape[grid.axis] + start) * inner + at // across
+        return row, at % across * grid.lanes
 
 
 def _spans(tree: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from adam_jax import checks
+from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.declare import Moment
 from adam_jax.layouts import fitting
 from adam_jax.paths import path_string
@@ -289,7 +290,8 @@ def uncoded(storage: Storage, name: str, because: str) -> Storage:
             f"{checks.who()}: storage={storage!r} codes {name}, {because}; give it a dtype"
         )
     if _is_function(storage):
-        return lambda path, leaf: uncoded(storage(path, leaf), name, because)
+        function: Any = storage
+        return lambda path, leaf: uncoded(function(path, leaf), name, because)
     return None if is_format(storage) else storage
 
 
@@ -304,9 +306,9 @@ def format_of(storage: Storage, name: str, path: tuple[Any, ...], leaf: Any) -> 
     if storage is None:
         return default
     kept = check_format(storage)
-    if not isinstance(kept, Format) or (_codable(leaf) and (by_leaf or leaf.size >= MIN_SIZE)):
+    if not isinstance(kept, Format) or (_codable(leaf) and (by_leaf or np.size(leaf) >= MIN_SIZE)):
         return kept
-    return jnp.promote_types(default, jnp.float32)
+    return arithmetic_dtype(default)
 
 
 def _codable(leaf: Any) -> bool:

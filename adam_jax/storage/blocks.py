@@ -77,7 +77,8 @@ def encode(
 ) -> Blocks:
     """x in codes, each block's largest magnitude exactly; an Inf or NaN makes its block NaN."""
     n = x.shape[-1]
-    filled = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
+    sizes = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))  # compiled maxima may skip a NaN
+    filled = jnp.pad(sizes, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
     largest = jnp.max(filled.reshape(*x.shape[:-1], -1, block), axis=-1)
     largest = largest if share is None else share(largest)
     scales = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
