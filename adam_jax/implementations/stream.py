@@ -105,7 +105,7 @@ class _Grid(NamedTuple):
         return cls(shape, axis, step, min(step + shape[-1] % block, shape[-1]), block)
 
     @property
-    def count(self) -> int:
+    def along(self) -> int:
         """Tiles along the axis; the last may be longer than a step."""
         return max(1, -(-(self.shape[self.axis] - (self.size - self.step)) // self.step))
 
@@ -116,7 +116,7 @@ class _Grid(NamedTuple):
         return width if width % self.block else self.block
 
     def loop(self, advance: Callable[[_Tile, Any], Any], state: Any) -> Any:
-        tiles = self.count * math.prod(self.shape[: self.axis])
+        tiles = self.along * math.prod(self.shape[: self.axis])
         return jax.lax.fori_loop(0, tiles, lambda i, s: advance(_Tile(self, i, tiles), s), state)
 
 
@@ -136,8 +136,8 @@ class _Tile(NamedTuple):
     def _lead_and_start(self) -> tuple[jax.Array, jax.Array]:
         """The index over the axes in front, raveled, and the first index along the axis."""
         grid = self.grid
-        start = jnp.minimum(self.i % grid.count * grid.step, grid.shape[grid.axis] - grid.size)
-        return self.i // grid.count, start
+        start = jnp.minimum(self.i % grid.along * grid.step, grid.shape[grid.axis] - grid.size)
+        return self.i // grid.along, start
 
     def _slices(self, block: int) -> tuple[list[Any], list[int]]:
         """Where the tile is in an array whose last axis is counted in blocks, and its shape."""
@@ -174,8 +174,8 @@ class _Tile(NamedTuple):
         length = grid.shape[grid.axis]
         if grid.size == grid.step and length % grid.step == 0:
             return new
-        first = self.i % grid.count * grid.step
-        last = jnp.where(self.i % grid.count == grid.count - 1, length, first + grid.step)
+        first = self.i % grid.along * grid.step
+        last = jnp.where(self.i % grid.along == grid.along - 1, length, first + grid.step)
 
         def choose(n: jax.Array, o: jax.Array, block: int) -> jax.Array:
             sizes = self._slices(block)[1]
@@ -194,13 +194,13 @@ class _Tile(NamedTuple):
         """Where in the array the matrix's rows begin: its row, over all axes but the last."""
         grid = self.grid
         lead, start = self._lead_and_start()
-        across = self._slices(1)[1][-1] // grid.lanes  # rows of the matrix in a row of the tile
+        per_row = self._slices(1)[1][-1] // grid.lanes  # rows of the matrix in a row of the tile
         at = jax.lax.iota(jnp.int32, self._rows())[:, None]
         if grid.axis == len(grid.shape) - 1:
             return jnp.broadcast_to(lead, at.shape), start + at * grid.lanes
         inner = math.prod(grid.shape[grid.axis + 1 : -1])
-        row = (lead * grid.shape[grid.axis] + start) * inner + at // across
-        return row, at % across * grid.lanes
+        row = (lead * grid.shape[grid.axis] + start) * inner + at // per_row
+        return row, at % per_row * grid.lanes
 
 
 def _spans(tree: Any) -> Any:

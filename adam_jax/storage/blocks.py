@@ -87,7 +87,10 @@ def encode(
     halfway = jnp.where(scales > 1, 2.0**-63, 2.0**63).astype(jnp.float32)
     inverse = jnp.where(scales > 0, (1 + 2.0**-22) / (scales * halfway), 0)
     y = x * _each(halfway, block, n) * _each(inverse, block, n)
-    return Blocks(code.encode(jnp.clip(y, -1, 1), draw), scales)
+    y = jnp.where(
+        x > 0, jnp.maximum(y, jnp.finfo(y.dtype).tiny), jnp.maximum(y, -1)
+    )  # no underflow
+    return Blocks(code.encode(jnp.minimum(y, 1), draw), scales)
 
 
 def _each(per_block: jax.Array, block: int, n: int) -> jax.Array:

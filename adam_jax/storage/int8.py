@@ -25,8 +25,8 @@ def _encode_signed(y: jax.Array, draw: jax.Array) -> jax.Array:
 
 
 def _decode_signed(codes: jax.Array) -> jax.Array:
-    y = codes.astype(jnp.float32) * (1 / 127)
-    return y * jnp.abs(y)
+    q = codes.astype(jnp.float32)
+    return _exact_ends(q * jnp.abs(q), 127)
 
 
 def _encode_positive(y: jax.Array, draw: jax.Array) -> jax.Array:
@@ -36,8 +36,13 @@ def _encode_positive(y: jax.Array, draw: jax.Array) -> jax.Array:
 
 
 def _decode_positive(codes: jax.Array) -> jax.Array:
-    y = codes.astype(jnp.float32) * (1 / 255)
-    return y * y
+    q = codes.astype(jnp.float32)
+    return _exact_ends(q * q, 255)
+
+
+def _exact_ends(square: jax.Array, n: int) -> jax.Array:
+    """square / n², and ±1 for ±n² even where XLA multiplies the scale by 1/n² first."""
+    return jnp.where(jnp.abs(square) == n**2, jnp.sign(square), square * (1 / n**2))
 
 
 SIGNED = Code(jnp.int8, _encode_signed, _decode_signed)
