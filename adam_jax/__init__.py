@@ -1,6 +1,6 @@
 """The Adam family for JAX: Optax transformations, each written once, as its paper has it."""
 
-from adam_jax import rules, schedules, storage
+from adam_jax import interop, rules, schedules, storage
 from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
 from adam_jax.catalogue import catalogue
 from adam_jax.compare import compare
@@ -26,6 +26,7 @@ from adam_jax.directions import (
     scale_by_yogi,
     trace,
 )
+from adam_jax.groups import groups
 from adam_jax.interop import convert_state
 from adam_jax.modifiers import cautious, grams, mars
 from adam_jax.optimizers import (
@@ -57,6 +58,7 @@ from adam_jax.report import memory_report
 from adam_jax.schedule_free import schedule_free_adamw, schedule_free_eval_params
 from adam_jax.states import moments, step_count
 from adam_jax.transformation import chain
+from adam_jax.tuning import get_hyperparams, set_hyperparams, tunable
 
 __version__ = "0.1.0"
 
@@ -80,7 +82,10 @@ __all__ = [
     "debias",
     "ema",
     "from_rule",
+    "get_hyperparams",
     "grams",
+    "groups",
+    "interop",
     "lamb",
     "laprop",
     "lion",
@@ -117,6 +122,7 @@ __all__ = [
     "schedule_free_adamw",
     "schedule_free_eval_params",
     "schedules",
+    "set_hyperparams",
     "sgd",
     "signed",
     "simplified_ademamix",
@@ -125,5 +131,6 @@ __all__ = [
     "step_count",
     "storage",
     "trace",
+    "tunable",
     "yogi",
 ]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adam_jax.arithmetic import Decay
 from adam_jax.paths import path_string
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def hyperparam(name: str, value: Any) -> None:
         raise TypeError(f"{who()}: the hyperparameter {name!r} has no default; give {name}=")
     if isinstance(value, NUMBERS):
         _in_range(name, value, _allowed_everywhere(name))
-    elif _is_schedule(value):
+    elif _is_schedule(value) or isinstance(value, Decay):
         return
     elif not _is_real_array(value):
         raise TypeError(

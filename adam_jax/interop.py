@@ -2,19 +2,146 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adam_jax import checks, storage
 from adam_jax.arithmetic import arithmetic_dtype
+from adam_jax.paths import path_string
 from adam_jax.states import moment_fields, named_tuples
 
+TORCH_FIELDS = {
+    "exp_avg": "mu",
+    "exp_avg_sq": "nu",
+    "exp_inf": "nu",
+    "max_exp_avg_sq": "nu_max",
+    "square_avg": "nu",
+    "grad_avg": "mu",
+    "momentum_buffer": "trace",
+}
+"""PyTorch's names for moments, and ours."""
+
 COUNTS = ("count", "t", "step_count")
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    mapping: Sequence[str] | Callable[[Any, np.ndarray], tuple[str, np.ndarray]] | None = None,
+) -> chex.ArrayTree:
+    """The state of a PyTorch optimizer, as `tx` keeps it: to go on in JAX where PyTorch stopped.
+
+    The same variant and hyperparameters continue the run: torch.optim.Adam's is `adam`, AdamW's
+    `adamw`, Adam's with amsgrad=True `amsgrad(max_of="raw")`, Adamax's `adamax`, RAdam's `radam`
+    (PyTorch's ε stands elsewhere), NAdam's `nadam(momentum_decay=0.004)`, SGD's `sgd(momentum=)`.
+    PyTorch itself is not needed: a state dict is a mapping of arrays.
+
+    Args:
+      state_dict: `optimizer.state_dict()`.
+      tx: the optimizer to go on with.
+      params: the parameters in JAX.
+      mapping: where each of PyTorch's parameters is: their paths in PyTorch's order, such as
+        ["dense/kernel", "dense/bias"]; or a function from a parameter's name (its number, where the
+        dict has no names) and its moment to its path and the moment as JAX has it, such as
+        `flax_names(params)`. None: the names in the dict, with / for each dot.
+
+    Returns:
+      a state for `tx`.
+
+    Raises:
+      ValueError: a parameter has no counterpart or another shape, in either direction, the moments
+        are not those of tx, or parameters have made different numbers of steps.
+
+    >>> import adam_jax, jax.numpy as jnp, numpy as np
+    >>> moments = {"step": 3, "exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}
+    >>> state_dict = {"state": {0: moments}, "param_groups": [{"params": [0]}]}
+    >>> state = from_torch(state_dict, adam_jax.adamw(1e-3), {"w": jnp.ones(2)}, ["w"])
+    >>> int(adam_jax.step_count(state))
+    3
+    """
+    shapes = {path_string(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    order = [i for group in state_dict["param_groups"] for i in group["params"]]
+    names = [n for group in state_dict["param_groups"] for n in group.get("param_names", ())]
+    names = names or order
+    if mapping is None and names is order:
+        raise ValueError(
+            "from_torch: the state dict has no param_names; give mapping=, the paths in PyTorch's "
+            f"order, out of {', '.join(shapes)}"
+        )
+    if isinstance(mapping, Sequence) and len(mapping) != len(order):
+        raise ValueError(
+            f"from_torch: mapping has {len(mapping)} paths for {len(order)} parameters in PyTorch"
+        )
+    found: dict[str, dict[str, Any]] = {}
+    steps = set()
+    for k, (index, name) in enumerate(zip(order, names, strict=True)):
+        entry = state_dict["state"].get(index, {})
+        steps.update(int(_array(entry["step"])) for _ in range("step" in entry))
+        for field, moment in TORCH_FIELDS.items():
+            if entry.get(field) is None:
+                continue
+            x = _array(entry[field])
+            if callable(mapping):
+                path, x = mapping(name, x)
+            else:
+                path = mapping[k] if mapping is not None else str(name).replace(".", "/")
+            if shapes.get(path) != x.shape:
+                raise ValueError(
+                    f"from_torch: {field} of PyTorch's {name!r} has shape {x.shape}, and {path!r} "
+                    + (f"has {shapes[path]}" if path in shapes else f"is not in {list(shapes)}")
+                    + "; give a mapping that names and transposes it, e.g. flax_names(params)"
+                )
+            found.setdefault(moment, {})[path] = jnp.asarray(x)
+    if len(steps) > 1:
+        raise ValueError(f"from_torch: parameters have made different numbers of steps: {steps}")
+    given = collections.namedtuple("Given", ["count", *found])(
+        jnp.int32(max(steps, default=0)), **found
+    )
+    with checks.naming("from_torch"):
+        fresh = tx.init(params)
+        donors: dict[Any, list[Any]] = {frozenset(found): [given]}
+        converted = _convert(fresh, donors, given.count)
+        if donors[frozenset(found)]:
+            checks.not_convertible([sorted(found)], "which tx does not keep")
+        return converted
+
+
+def flax_names(params: optax.Params) -> Callable[[str, np.ndarray], tuple[str, np.ndarray]]:
+    """A `mapping` for `from_torch`: PyTorch's names and layouts to those of Flax.
+
+    "layers.0.weight" becomes "layers/0/kernel", "/embedding" or "/scale", whichever is among the
+    parameters; Linear's and Conv's kernels are transposed to Flax's (inputs before outputs).
+
+    Args:
+      params: the parameters in JAX, Linen's or NNX's.
+    """
+    paths = {path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)}
+
+    def mapping(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
+        path = str(name).replace(".", "/")
+        stem = path.removesuffix("/weight")
+        if stem + "/kernel" in paths:
+            return stem + "/kernel", np.transpose(x, (*range(2, x.ndim), 1, 0))
+        known = [stem + end for end in ("/embedding", "/scale") if stem + end in paths]
+        return (known[0] if known else path), x
+
+    return mapping
+
+
+def _array(x: Any) -> np.ndarray:
+    """A tensor or number as a NumPy array; PyTorch's bfloat16 as float32."""
+    for name in ("detach", "cpu", "float"):
+        x = getattr(x, name)() if hasattr(x, name) else x
+    return np.asarray(x)
 
 
 def convert_state(

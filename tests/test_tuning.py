@@ -1,0 +1,253 @@
+"""Hyperparameters in the state, and parameter groups."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import adam_jax
+from adam_jax import get_hyperparams, groups, set_hyperparams, tunable
+
+PARAMS = {"head": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "norm": jnp.ones(4)}
+standard = pytest.mark.standard_promotion
+
+
+def schedule(count):
+    return 1e-3 * (count.astype(jnp.float32) + 1)
+
+
+@pytest.mark.parametrize("entry", adam_jax.catalogue(), ids=lambda entry: entry.name)
+def test_unset_it_is_the_plain_optimizer(entry):
+    make = getattr(adam_jax, entry.name)
+    tuned, plain = tunable(make)(1e-2), make(1e-2)
+    states = [tx.init(PARAMS) for tx in (tuned, plain)]
+    for _ in range(2):
+        (u, a), (v, b) = (
+            tx.update(PARAMS, s, PARAMS) for tx, s in zip((tuned, plain), states, strict=True)
+        )
+        states = [a, b]
+        chex.assert_trees_all_close(u, v, rtol=1e-6, atol=1e-9)
+    assert repr(tuned).startswith(f"tunable({entry.name})(learning_rate=0.01")
+
+
+def test_digits_of_decay_rates_survive():
+    tx = tunable(adam_jax.adam)(1e-3, b2=0.999999)
+    u, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(u["norm"], -1e-3, rtol=1e-6)
+
+
+def test_a_set_value_overrides_its_schedule_until_none():
+    tx = tunable(adam_jax.sgd)(schedule)
+    state = tx.init(PARAMS)
+    seen = []
+    for value in (..., 0.5, ..., None, ...):
+        if value is not ...:
+            state = set_hyperparams(state, learning_rate=value)
+        updates, state = tx.update(PARAMS, state, PARAMS)
+        np.testing.assert_allclose(-updates["norm"][0], get_hyperparams(state)["learning_rate"])
+        seen.append(float(get_hyperparams(state)["learning_rate"]))
+    np.testing.assert_allclose(seen, [1e-3, 0.5, 0.5, 4e-3, 5e-3], rtol=1e-6)
+
+
+def test_reading_back_what_was_set():
+    state = tunable(adam_jax.adamw)(1e-3).init(PARAMS)
+    state = set_hyperparams(state, b2=0.9, weight_decay=0.3)
+    got = get_hyperparams(state)
+    assert {v.dtype for v in got.values()} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose([got["b2"], got["weight_decay"]], [0.9, 0.3], rtol=1e-6)
+
+
+@standard
+def test_changing_every_value_never_retraces():
+    tx = tunable(adam_jax.adamw)(1e-3, weight_decay=0.1)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state):
+        return tx.update(PARAMS, state, PARAMS)
+
+    state, eager = tx.init(PARAMS), tx.init(PARAMS)
+    sizes = []
+    for scale in (1.0, 0.9, 0.8):
+        given = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+        given = {k: scale * v for k, v in given.items()}
+        u, state = step(set_hyperparams(state, **given))
+        v, eager = tx.update(PARAMS, set_hyperparams(eager, **given), PARAMS)
+        chex.assert_trees_all_close(u, v, rtol=1e-5)
+        sizes.append(adam_jax.engine.run_leaf._cache_size())
+    assert sizes[1] == sizes[2]
+
+
+def test_a_sweep_is_its_runs():
+    rates, decays = (
+        x.ravel() for x in jnp.meshgrid(jnp.logspace(-4, -1, 8), jnp.linspace(0, 1, 8))
+    )
+    tx = tunable(adam_jax.adamw)(1e-3, storage="float32")
+
+    def run(rate, decay):
+        state = set_hyperparams(tx.init(PARAMS), learning_rate=rate, weight_decay=decay)
+        params = PARAMS
+        for _ in range(3):
+            updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    together = jax.jit(jax.vmap(run))(rates, decays)
+    alone = jax.jit(run)
+    for i in range(64):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], together), alone(rates[i], decays[i]), rtol=1e-5
+        )
+
+
+@standard
+def test_they_are_found_through_wrappers():
+    tx = optax.MultiSteps(
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.masked(tunable(adam_jax.adamw)(1e-3), True)
+        ),
+        2,
+    )
+    state = set_hyperparams(tx.init(PARAMS), learning_rate=0.5)
+    assert get_hyperparams(state)["learning_rate"] == 0.5
+
+
+def test_they_are_found_in_nnx():
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tunable(adam_jax.sgd)(1e-3), wrt=nnx.Param)
+    optimizer.opt_state = nnx.data(set_hyperparams(optimizer.opt_state, learning_rate=0.5))
+    assert get_hyperparams(optimizer.opt_state)["learning_rate"] == 0.5
+    before = model.bias[...]
+    optimizer.update(model, nnx.grad(lambda m: m(jnp.ones((1, 3))).sum())(model))
+    np.testing.assert_allclose(model.bias[...], before - 0.5)
+    assert get_hyperparams(optimizer.opt_state)["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda s: set_hyperparams(s, b2=1.5), r"b2 must be in \[0, 1\), got 1.5"),
+        (lambda s: set_hyperparams(s, momentum=0.5), "no hyperparameter 'momentum'"),
+        (lambda s: set_hyperparams(s, learning_rate=schedule), "cannot be a schedule"),
+        (lambda s: get_hyperparams(s, group="x"), "no hyperparameters of a group 'x'"),
+        (lambda s: get_hyperparams((s, s)), "name the group"),
+        (lambda s: get_hyperparams(s.inner_state), r"make the optimizer with tunable, e.g."),
+    ],
+)
+def test_wrong_use_of_hyperparameters(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(tunable(adam_jax.adamw)(1e-3).init(PARAMS))
+
+
+# Groups
+
+
+def test_groups_by_path():
+    muon = optax.sgd(7.0)
+    tx = groups(
+        adam_jax.adamw,
+        {
+            r"bias|norm": dict(weight_decay=0.0),
+            r"^head/kernel": dict(learning_rate_factor=0.1),
+            r"^embed": "frozen",
+            r"^other": muon,
+        },
+        learning_rate=1e-2,
+        weight_decay=0.5,
+    )
+    params = PARAMS | {"embed": jnp.ones(2), "other": jnp.ones(2), "rest": jnp.ones(2)}
+    updates, _ = tx.update(params, tx.init(params), params)
+    rates = jax.tree.map(lambda u: round(float(-u.ravel()[0]), 5), updates)
+    assert rates == {
+        "head": {"kernel": 0.0015, "bias": 0.01},
+        "norm": 0.01,
+        "embed": 0.0,
+        "other": 7.0,
+        "rest": 0.015,
+    }
+
+
+def test_a_factor_multiplies_a_schedule():
+    tx = groups(adam_jax.sgd, {"norm": dict(learning_rate_factor=0.5)}, learning_rate=schedule)
+    state = tx.init(PARAMS)
+    for step in (1, 2):
+        updates, state = tx.update(PARAMS, state, PARAMS)
+        np.testing.assert_allclose(updates["norm"], -0.5e-3 * step, rtol=1e-6)
+        np.testing.assert_allclose(updates["head"]["bias"], -1e-3 * step, rtol=1e-6)
+
+
+def test_tuning_one_group():
+    tx = groups(tunable(adam_jax.sgd), {"norm": dict(learning_rate=1.0)}, learning_rate=2.0)
+    state = set_hyperparams(tx.init(PARAMS), group="norm", learning_rate=3.0)
+    updates, state = tx.update(PARAMS, state, PARAMS)
+    assert (updates["norm"][0], updates["head"]["bias"][0]) == (-3, -2)
+    assert get_hyperparams(state, group="default")["learning_rate"] == 2
+    with pytest.raises(ValueError, match="name the group"):
+        get_hyperparams(state)
+
+
+class Dense(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.LayerNorm()(linen.Dense(4)(x))
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.vmap(lambda r: nnx.Linear(3, 3, rngs=r))(rngs.split(2))
+        self.norm = nnx.LayerNorm(3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x @ self.layers.kernel[0] + self.layers.bias[1][None])
+
+
+@jax.numpy_rank_promotion("allow")  # which Flax's norms need
+def test_patterns_pick_the_same_leaves_in_linen_and_nnx():
+    def make():
+        return groups(adam_jax.sgd, {r"bias|[Nn]orm": "frozen"}, learning_rate=1.0)
+
+    params = Dense().init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    tx = make()
+    updates, _ = tx.update(params, tx.init(params), params)
+    moved = jax.tree.map(lambda u, p: bool(jnp.any(u != 0)), updates, params)
+    assert moved == {
+        "Dense_0": {"kernel": True, "bias": False},
+        "LayerNorm_0": {"scale": False, "bias": False},
+    }
+
+    model = Layers(nnx.Rngs(0))
+    before = nnx.as_pure(nnx.state(model, nnx.Param))
+    optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda m: (m(jnp.ones((1, 3))) ** 3).sum())(model))
+    after = nnx.as_pure(nnx.state(model, nnx.Param))
+    changed = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): bool(jnp.any(a != b))
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+        )
+    }
+    assert {k for k, v in changed.items() if v} == {"layers/kernel"}
+
+
+@pytest.mark.parametrize(
+    "patterns, message",
+    [
+        (
+            {"nothing": "frozen"},
+            "'nothing' matches no parameter; the paths are head/bias, head/ker",
+        ),
+        ({"head": {}, "bias": {}}, "'head/bias' is claimed by 'head', 'bias'"),
+        ({"head": "froze"}, "a mapping of arguments, 'frozen' or an Optax"),
+        ({"(": "frozen"}, "not a regular expression"),
+        ({"head": dict(learning_rate_factor=2, learning_rate=1.0)}, "learning_rate_factor, which"),
+        ({"head": dict(learn=1)}, "sgd: got an unexpected keyword argument 'learn'"),
+    ],
+)
+def test_wrong_groups(patterns, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        groups(adam_jax.sgd, patterns, learning_rate=1.0).init(PARAMS)
