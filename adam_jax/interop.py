@@ -203,7 +203,8 @@ def _convert(node: Any, donors: dict[Any, list[Any]], steps: Any) -> Any:
         checks.not_convertible([sorted(kind)], "which the state does not have")
     new = {}
     for name in node._fields:
-        mine, given = getattr(node, name), getattr(donor, name, None)
+        mine = getattr(node, name)  # a tuple has a method count
+        given = getattr(donor, name) if name in getattr(donor, "_fields", ()) else None
         if name in moment_fields(node):
             new[name] = _moment(name, given, mine)
         elif name in COUNTS:
