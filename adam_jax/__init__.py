@@ -3,6 +3,7 @@
 from adam_jax import interop, rules, schedules, storage
 from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
 from adam_jax.catalogue import catalogue
+from adam_jax.chains import chain
 from adam_jax.compare import compare
 from adam_jax.declare import positive, rule, signed
 from adam_jax.directions import (
@@ -57,7 +58,6 @@ from adam_jax.paths import matching, not_matching
 from adam_jax.report import memory_report
 from adam_jax.schedule_free import schedule_free_adamw, schedule_free_eval_params
 from adam_jax.states import moments, step_count
-from adam_jax.transformation import chain
 from adam_jax.tuning import get_hyperparams, set_hyperparams, tunable
 
 __version__ = "0.1.0"

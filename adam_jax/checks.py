@@ -416,3 +416,12 @@ def not_convertible(moments: Iterable[Sequence[str]], why: str) -> None:
         f"{who()}: the moments {named}, {why}; convert between states of one variant and of the "
         f"same parameters, or start anew with tx.init(params)"
     )
+
+
+def chained(state: Any, parts: int) -> None:
+    """The state of a chain must have one for each of its parts."""
+    if not isinstance(state, (tuple, list)) or hasattr(state, "_fields") or len(state) != parts:
+        raise ValueError(
+            f"chain: the state must be a tuple of {parts}, one for each part, got "
+            f"{_outline(state)}; use the state of the same chain, or make a new one"
+        )

@@ -19,8 +19,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
+from adam_jax.chains import chain
 from adam_jax.paths import not_matching
-from adam_jax.transformation import Transformation, chain
+from adam_jax.transformation import Transformation
 
 BATCH = 128
 LONGEST_CHUNK = 25

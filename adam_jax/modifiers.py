@@ -8,11 +8,12 @@ import chex
 import optax
 
 from adam_jax import checks, rules
+from adam_jax.chains import chain
 from adam_jax.declare import Rule
 from adam_jax.directions import scale_by_rule
 from adam_jax.engine import lift, link
 from adam_jax.storage import Storage
-from adam_jax.transformation import Transformation, chain, parts
+from adam_jax.transformation import Transformation, parts
 
 
 def cautious(tx: optax.GradientTransformation) -> Transformation:

@@ -283,6 +283,12 @@ def identity(u):
 
 
 @rule()
+def clip(u, *, norm, max_norm):
+    """Pascanu et al. (2013), Algorithm 1: no longer than max_norm; `norm` is the whole tree's."""
+    return jnp.where(norm < max_norm, u, u / norm * max_norm)
+
+
+@rule()
 def descend(u, *, learning_rate):
     """u ← -η·u."""
     return -learning_rate * u

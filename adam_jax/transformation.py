@@ -1,4 +1,4 @@
-"""Optax transformations that can be looked into: `chain`, and what constructors return."""
+"""Optax transformations that can be looked into: what our constructors return."""
 
 from __future__ import annotations
 
@@ -44,26 +44,6 @@ class Transformation(optax.GradientTransformationExtraArgs):
         return self.text or super().__repr__()
 
 
-def chain(*transformations: optax.GradientTransformation) -> Transformation:
-    """`optax.chain` that keeps its parts visible.
-
-    Args:
-      *transformations: Optax transformations, ours or others, in the order in which they act.
-
-    Returns:
-      a transformation with the same state and updates as `optax.chain(*transformations)`.
-
-    >>> import optax, adam_jax
-    >>> adam_jax.chain(optax.clip_by_global_norm(1.0), adam_jax.adam(1e-3))
-    chain(clip_by_global_norm, adam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0))
-    """
-    chained = optax.chain(*transformations)
-    text = f"chain({', '.join(_text(tx) for tx in transformations)})"
-    return Transformation(chained.init, optax.with_extra_args_support(chained).update).made_of(
-        transformations, text
-    )
-
-
 def parts(tx: Any) -> Iterator[Any]:
     """The engine's links inside a transformation, as far as it can be looked into."""
     if isinstance(tx, Transformation) and isinstance(tx.source, tuple):
@@ -102,10 +82,3 @@ def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation
 
 def _argument(value: Any) -> str:
     return getattr(value, "__name__", "schedule") if callable(value) else str(value)
-
-
-def _text(tx: optax.GradientTransformation) -> str:
-    if isinstance(tx, Transformation):
-        return repr(tx)
-    made_by = getattr(tx.update, "__qualname__", "?")  # clip.<locals>.update_fn, as Optax has it
-    return made_by.split(".")[0]

@@ -66,9 +66,13 @@ def test_a_training_step_needs_what_sgd_needs_and_the_state():
         memory = lowered.compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.argument_size_in_bytes
 
-    tx = adam_jax.adamw(1e-3, storage="int8")
-    state = adam_jax.memory_report(tx, p).state_bytes
-    assert needs(tx) <= 1.01 * (needs(optax.sgd(1e-3)) + state)
+    adamw, clip = adam_jax.adamw(1e-3, storage="int8"), optax.clip_by_global_norm(1.0)
+    state = adam_jax.memory_report(adamw, p).state_bytes
+    for ours, sgd in (
+        (adamw, optax.sgd(1e-3)),
+        (adam_jax.chain(clip, adamw), optax.chain(clip, optax.sgd(1e-3))),
+    ):
+        assert needs(ours) <= 1.01 * (needs(sgd) + state)
 
 
 def trajectory(tx, params, transform=jax.jit, steps=3):

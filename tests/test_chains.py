@@ -1,0 +1,77 @@
+"""`chain` is `optax.chain`, also where it clips inside the step that follows."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from test_contract import tree
+
+import adam_jax
+
+CLIP = optax.clip_by_global_norm(0.5)
+CHAINS = {
+    "clip and optimizer": lambda: (CLIP, adam_jax.adamw(1e-2, weight_decay=0.1)),
+    "clip and direction": lambda: (CLIP, adam_jax.scale_by_adam(), optax.scale(-1e-2)),
+    "a mask": lambda: (
+        CLIP,
+        adam_jax.adamw(1e-2, weight_decay=0.1, weight_decay_mask=adam_jax.not_matching("bias")),
+    ),
+    "cautious": lambda: (CLIP, adam_jax.adamw(1e-2, cautious=True)),
+    "l2": lambda: (CLIP, adam_jax.adam(1e-2, weight_decay=0.1, weight_decay_form="l2")),
+    "difference of gradients": lambda: (CLIP, adam_jax.adan(1e-2)),
+    "clip twice": lambda: (CLIP, CLIP, adam_jax.lamb(1e-2, weight_decay=0.1)),
+    "clip last": lambda: (adam_jax.adam(1e-2), CLIP),
+    "of Optax alone": lambda: (CLIP, optax.adam(1e-2)),
+    "clip in a wrapper": lambda: (CLIP, adam_jax.mars(adam_jax.adam(1e-2))),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0], ids=["below", "above"])
+@pytest.mark.standard_promotion
+def test_it_is_optaxs_chain(name, scale):
+    params = tree(0)
+    ours, theirs = adam_jax.chain(*CHAINS[name]()), optax.chain(*CHAINS[name]())
+    states = [tx.init(params) for tx in (ours, theirs)]
+    chex.assert_trees_all_equal(*states)
+    for seed in range(3):
+        grads = tree(seed + 1, scale=scale)
+        (u, a), (v, b) = (
+            jax.jit(tx.update)(grads, s, params)
+            for tx, s in zip((ours, theirs), states, strict=True)
+        )
+        chex.assert_trees_all_equal_structs(a, b)
+        chex.assert_trees_all_close((u, a), (v, b), rtol=2e-5, atol=1e-7)
+        states = [a, b]
+
+
+def test_leaves_without_a_gradient_and_extra_arguments():
+    params = tree(0)
+    grads = tree(1) | {"scale": None}
+    tx = adam_jax.chain(CLIP, adam_jax.adamw(1e-2))
+    updates, _ = tx.update(grads, tx.init(params), params, value=jnp.float32(1))
+    assert updates["scale"] is None
+    assert tx.update({}, tx.init({}), {})[0] == {}
+
+
+def test_clipped_bfloat16_gradients_are_not_rounded_again():
+    params = {"w": jnp.ones((8, 8), jnp.bfloat16)}
+    grads = {"w": jnp.full((8, 8), 1.01, jnp.bfloat16)}
+    tx = adam_jax.chain(CLIP, adam_jax.scale_by_adam(b1=0.0, storage="float32"))
+    _, state = tx.update(grads, tx.init(params), params)
+    expected = (1.0078125 / optax.tree.norm(grads).astype(jnp.float32)) * 0.5
+    chex.assert_trees_all_close(state[1].mu["w"], jnp.full((8, 8), expected), rtol=1e-6)
+
+
+def test_errors_name_what_the_user_called():
+    params = tree(0)
+    tx = adam_jax.chain(CLIP, adam_jax.adamw(1e-2))
+    with pytest.raises(ValueError, match=r"chain: the state must be a tuple of 2"):
+        tx.update(params, tx.init(params)[1:], params)
+    with pytest.raises(ValueError, match="adamw: this state is not of its making"):
+        tx.update(params, (optax.EmptyState(), optax.EmptyState()), params)
+    with pytest.raises(ValueError, match="adamw: weight_decay needs the parameters"):
+        tx.update(params, tx.init(params))
