@@ -1,0 +1,178 @@
+"""Moments as they are stored: made, read and written, each leaf by what lies there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+from adam_jax import checks
+from adam_jax.declare import Moment
+from adam_jax.layouts import fitting
+from adam_jax.paths import path_string
+from adam_jax.storage import blocks, dense
+from adam_jax.storage.blocks import Blocks, Code
+from adam_jax.storage.formats import CODES, Format, is_format
+from adam_jax.storage.noise import vary
+from adam_jax.storage.policy import Storage, format_of, is_function
+
+
+def decode(stored: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A moment of one leaf in the dtype of the arithmetic."""
+    if not isinstance(stored, Blocks):
+        return dense.decode(stored, dtype)
+    return blocks.decode(CODES[stored.codes.dtype], stored).astype(dtype)
+
+
+def encode(
+    name: str,
+    x: jax.Array,
+    stored: Any,
+    bits: jax.Array | None,
+    share: Callable[..., jax.Array] | None = None,
+) -> Any:
+    """x as `stored` is stored; rounded to the nearest where there are no random bits.
+
+    `share` is for a part of a leaf: (largest of its blocks, block) → that of whole blocks.
+    """
+    bits = None if bits is None else vary(bits, name)
+    if not isinstance(stored, Blocks):
+        return dense.encode(x, stored, bits)
+    draw = jnp.float32(0.5) if bits is None else _uniform(bits)
+    # one x for scales and codes: compiled into both, it could round in two ways
+    x = jax.lax.optimization_barrier(x.astype(jnp.float32))
+    code = CODES[stored.codes.dtype]
+    share = None if share is None else functools.partial(share, block=code.block)
+    return _without_derivative(code, blocks.size(stored), share, x, draw)
+
+
+def _uniform(bits: jax.Array) -> jax.Array:
+    """24 bits as a number in [0, 1)."""
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _without_derivative(
+    code: Code, block: int, share: Any, x: jax.Array, draw: jax.Array
+) -> Blocks:
+    return blocks.encode(code, x, draw, block, share)
+
+
+@_without_derivative.defjvp
+def _no_derivative(code: Code, block: int, share: Any, primals: Any, tangents: Any) -> Any:
+    del block, share, primals, tangents
+    raise checks.no_derivative(f"is coded in {jnp.dtype(code.dtype)}")
+
+
+def one_leaf(codes: Any, scales: Any) -> Any:
+    """One leaf of a moment in `Blocks`: codes with their scales, or its values if it is uncoded."""
+    return Blocks(codes, scales) if getattr(codes, "dtype", None) in CODES else codes
+
+
+def leaves(moment: Any) -> dict[str, Any]:
+    """A moment's leaves by their paths, each as it is stored; also of NNX Variables."""
+    coded = isinstance(moment, Blocks)
+    codes = jax.tree_util.tree_leaves_with_path(moment.codes if coded else moment)
+    scales = jax.tree.leaves(moment.scales) if coded else [None] * len(codes)
+    return {path_string(p): one_leaf(x, s) for (p, x), s in zip(codes, scales, strict=True)}
+
+
+def with_leaves(moment: Any, new: Sequence[Any]) -> Any:
+    """The moment with new leaves, stored as its own are."""
+    if not isinstance(moment, Blocks):
+        return jax.tree.unflatten(jax.tree.structure(moment), new)
+    codes = jax.tree.unflatten(jax.tree.structure(moment.codes), [codes_of(x) for x in new])
+    kept = jax.tree.leaves(moment.scales)
+    scales = [x.scales if isinstance(x, Blocks) else s for x, s in zip(new, kept, strict=True)]
+    return Blocks(codes, jax.tree.unflatten(jax.tree.structure(moment.scales), scales))
+
+
+def codes_of(stored: Any) -> Any:
+    """What has the leaf's shape: its codes, or its values."""
+    return stored.codes if isinstance(stored, Blocks) else stored
+
+
+def block_of(stored: Any) -> int:
+    """How many elements share a scale in this format; 1 where nothing is coded."""
+    return CODES[stored.codes.dtype].block if isinstance(stored, Blocks) else 1
+
+
+def is_coded(stored: Any) -> bool:
+    """Whether what is stored for one leaf is in codes."""
+    return isinstance(stored, Blocks) and stored.codes.dtype in CODES
+
+
+def draws(stored: Any) -> bool:
+    """Whether writing any of these moments takes random bits."""
+    return any(x.dtype in (jnp.bfloat16, *CODES) for x in jax.tree.leaves(stored))
+
+
+def dtypes(operands: Any) -> list[Any]:
+    """The dtypes of a leaf's operands, in which a coded moment counts as float32."""
+    kept = jax.tree.leaves(operands, is_leaf=lambda x: isinstance(x, Blocks))
+    return [x.scales.dtype if isinstance(x, Blocks) else x.dtype for x in kept]
+
+
+def start(
+    storage: Storage, name: str, declared: Moment, params: Any, value: chex.Numeric
+) -> chex.ArrayTree:
+    """A moment of all leaves before the first step; `Blocks` where any of them may be coded."""
+
+    def format(path: tuple[Any, ...], leaf: Any) -> Any:
+        found = format_of(storage, name, path, leaf)
+        return (
+            (found.signed if declared.signed else found.positive)
+            if isinstance(found, Format)
+            else found
+        )
+
+    def codes(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        kept = format(path, leaf)
+        if isinstance(kept, Code):
+            code = kept.encode(jnp.sign(jnp.asarray(value, jnp.float32)), jnp.float32(0))
+            return jnp.full_like(leaf, code, dtype=kept.dtype)
+        return jnp.full_like(leaf, jnp.asarray(value).astype(kept), dtype=kept)
+
+    def scales(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        leaf = _plain(leaf)
+        kept = format(path, leaf)
+        if isinstance(kept, Code):
+            size = jnp.abs(jnp.asarray(value, jnp.float32))
+            return _laid_out(jnp.full(blocks.scales_shape(leaf.shape, kept.block), size), leaf)
+        return jnp.ones((*np.shape(leaf)[:-1], 1), jnp.float32)
+
+    tree = jax.tree_util.tree_map_with_path(codes, params)
+    if not _in_blocks(storage, name, tree):
+        return tree
+    # a scales leaf must not inherit the metadata of an NNX Variable: its sharding may not fit
+    return Blocks(tree, jax.tree_util.tree_map_with_path(scales, params, is_leaf=_is_variable))
+
+
+def _laid_out(scales: jax.Array, leaf: Any) -> jax.Array:
+    """Scales spread over explicit mesh axes as their leaf is, where the devices divide them."""
+    sharding = jax.typeof(leaf).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return scales
+    return jax.reshard(scales, fitting(sharding.mesh, sharding.spec, scales.shape))
+
+
+def _in_blocks(storage: Storage, name: str, codes: Any) -> bool:
+    """Whether a moment lies in `Blocks`: known without leaves, but for a function of them."""
+    if is_function(storage):
+        leaves = jax.tree.leaves(codes)
+        return not leaves or any(leaf.dtype in CODES for leaf in leaves)
+    return is_format(storage.get(name) if isinstance(storage, Mapping) else storage)
+
+
+def _is_variable(x: Any) -> bool:
+    return hasattr(x, "get_metadata")
+
+
+def _plain(leaf: Any) -> Any:
+    return jax.tree.leaves(leaf)[0] if _is_variable(leaf) else leaf

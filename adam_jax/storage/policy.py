@@ -1,0 +1,142 @@
+"""Which format a moment of a leaf gets: read once, when the state is made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adam_jax import checks
+from adam_jax.arithmetic import arithmetic_dtype
+from adam_jax.paths import path_string
+from adam_jax.storage import dense
+from adam_jax.storage.formats import FORMATS, Format, floating, is_format, names
+
+MIN_SIZE = 4096
+"""Leaves with fewer elements stay uncoded, unless a function of the leaf asks for a code."""
+
+
+Storage: TypeAlias = Any
+"""A format's name, a dtype, {moment: either}, a function (path, leaf) of these; None: default."""
+
+
+def format_of(storage: Storage, name: str, path: tuple[Any, ...], leaf: Any) -> Any:
+    """What the moment `name` of one leaf is kept in: a dtype, or a `Format`."""
+    by_leaf = is_function(storage)
+    if by_leaf:
+        storage = storage(path_string(path), leaf)
+    if isinstance(storage, Mapping):
+        storage = storage.get(name)
+    default = dense.default(jnp.result_type(float if isinstance(leaf, int) else leaf))
+    if storage is None:
+        return default
+    kept = check_format(storage)
+    if not isinstance(kept, Format) or (_codable(leaf) and (by_leaf or np.size(leaf) >= MIN_SIZE)):
+        return kept
+    return arithmetic_dtype(default)
+
+
+def _codable(leaf: Any) -> bool:
+    """Codes are of real numbers, and a scale beside each element would save nothing."""
+    return np.ndim(leaf) > 0 and leaf.shape[-1] > 1 and not jnp.iscomplexobj(leaf)
+
+
+def may_code(storage: Storage, moments: Collection[str]) -> bool:
+    """Whether any of these moments may come to be coded."""
+    if isinstance(storage, Mapping):
+        return any(is_format(storage.get(name)) for name in moments)
+    return bool(moments) and (is_format(storage) or is_function(storage))
+
+
+def uncoded(storage: Storage, name: str, because: str) -> Storage:
+    """`storage` with the default in the place of codes, for what cannot be coded."""
+    if isinstance(storage, Mapping) and is_format(storage.get(name)):
+        raise ValueError(
+            f"{checks.who()}: storage={storage!r} codes {name}, {because}; give it a dtype"
+        )
+    if is_function(storage):
+        function: Any = storage
+        return lambda path, leaf: uncoded(function(path, leaf), name, because)
+    return None if is_format(storage) else storage
+
+
+def described(storage: Storage) -> str:
+    """`storage` as a repr shows it: int8[128] for codes in blocks of 128."""
+    if is_format(storage):
+        return f"{storage}[{FORMATS[storage].signed.block}]"
+    if isinstance(storage, Mapping):
+        return f"{{{', '.join(f'{k}: {described(v)}' for k, v in storage.items())}}}"
+    if is_function(storage):
+        return getattr(storage, "__name__", "function")
+    dtype = None if storage is None else floating(storage)
+    return str(storage if dtype is None else dtype)
+
+
+def check(storage: Storage, moments: Collection[str]) -> None:
+    """Raises where `storage` names a format or a moment that there is not."""
+    if is_function(storage):
+        return
+    if isinstance(storage, Mapping):
+        for name, format in storage.items():
+            if name not in moments:
+                raise ValueError(
+                    f"{checks.who()}: storage names the moment {name!r}; "
+                    f"it has {', '.join(moments) or 'none'}"
+                )
+            if format is not None:
+                check_format(format)
+    elif storage is not None:
+        check_format(storage)
+
+
+def check_format(storage: Any) -> Any:
+    """A format given by name or dtype: a dtype, or a `Format`."""
+    if is_format(storage):
+        return FORMATS[storage]
+    dtype = floating(storage)
+    if dtype is None:
+        listed = ", ".join(map(repr, names()))
+        raise ValueError(
+            f"{checks.who()}: storage must be one of {listed}, a floating-point dtype, a mapping "
+            f"from moments to these or a function (path, leaf) of these, got {storage!r}"
+        )
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def with_dtype(storage: Storage, moment: str, argument: str, dtype: Any) -> Storage:
+    """`storage` with Optax's mu_dtype (or accumulator_dtype) merged in."""
+    if dtype is None:
+        return storage
+    asked, dtype = dtype, floating(dtype)
+    if dtype is None:
+        raise ValueError(
+            f"{checks.who()}: {argument} must be a floating-point dtype, got {asked!r}; "
+            f"for other formats use storage= ({', '.join(names())})"
+        )
+    given = storage.get(moment) if isinstance(storage, Mapping) else storage
+    if given is not None and (is_function(given) or check_format(given) != dtype):
+        raise ValueError(
+            f"{checks.who()}: {argument}={dtype} conflicts with storage={storage!r}; "
+            f"drop {argument} and write storage={{{moment!r}: {dtype.name!r}, ...}}"
+        )
+    rest = storage if isinstance(storage, Mapping) else {}
+    return storage if given is not None else {**rest, moment: dtype}
+
+
+def split(storage: Storage, *groups: Collection[str]) -> list[Storage]:
+    """`storage` for each group of moments, where an optimizer has several rules with moments."""
+    if not isinstance(storage, Mapping):
+        return [storage] * len(groups)
+    check(storage, [name for group in groups for name in group])
+    return [{name: f for name, f in storage.items() if name in group} for group in groups]
+
+
+def _is_dtype(x: Any) -> bool:
+    return isinstance(x, type) or hasattr(x, "dtype")
+
+
+def is_function(x: Any) -> bool:
+    return callable(x) and not _is_dtype(x)
