@@ -21,8 +21,10 @@ from adam_jax.implementations.shards import Shard, per_shard
 from adam_jax.implementations.steps import Step, asked, finish
 from adam_jax.storage import Blocks
 
-TILE = 2**17
-"""Elements in a tile: they fit a core's cache, and the loop over them costs little."""
+
+def tile_size() -> int:
+    """Elements in a tile: on CPU what fits a core's cache, elsewhere what makes launches few."""
+    return 2**17 if jax.default_backend() == "cpu" else 2**23
 
 
 def where_coded(leaf: Callable[..., Step], asks: Sequence[int], *operands: Any) -> Any:
@@ -33,7 +35,7 @@ def where_coded(leaf: Callable[..., Step], asks: Sequence[int], *operands: Any) 
 
 def run(leaf: Callable[..., Step], asks: Sequence[int], u: jax.Array, *operands: Any) -> Any:
     """The step of a leaf tile by tile; of a leaf that is no larger than a tile, at once."""
-    if u.size <= TILE:
+    if u.size <= tile_size():
         return xla.run(leaf, asks, u, *operands)
     return per_shard(functools.partial(_run, leaf, asks), u, *operands)
 
@@ -96,12 +98,13 @@ class _Grid(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], block: int) -> _Grid:
-        """Tiles of about TILE elements that cut no block."""
-        axis = next(k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= TILE)
+        """Tiles of about `tile_size` elements that cut no block."""
+        most = tile_size()
+        axis = next(k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= most)
         if axis < len(shape) - 1:
-            step = _divisor(shape[axis], TILE // math.prod(shape[axis + 1 :]))
+            step = _divisor(shape[axis], most // math.prod(shape[axis + 1 :]))
             return cls(shape, axis, step, step, block)
-        step = min(shape[-1], TILE) // block * block or shape[-1]
+        step = min(shape[-1], most) // block * block or shape[-1]
         return cls(shape, axis, step, min(step + shape[-1] % block, shape[-1]), block)
 
     @property
