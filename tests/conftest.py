@@ -6,6 +6,7 @@ tests that go through them are marked `standard_promotion`.
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # for tests of sharding
@@ -16,6 +17,8 @@ import pytest
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # the first example compiles
 hypothesis.settings.load_profile("unhurried")
+
+gc.set_threshold(200_000, 50, 1000)  # traces are many small objects that live long
 
 
 def pytest_configure(config: pytest.Config) -> None:

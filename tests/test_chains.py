@@ -30,19 +30,17 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.parametrize("scale", [1e-3, 1.0], ids=["below", "above"])
 @pytest.mark.standard_promotion
-def test_it_is_optaxs_chain(name, scale):
+def test_it_is_optaxs_chain(name):
+    """With gradients below the limit, and above it."""
     params = tree(0)
     ours, theirs = adam_jax.chain(*CHAINS[name]()), optax.chain(*CHAINS[name]())
     states = [tx.init(params) for tx in (ours, theirs)]
     chex.assert_trees_all_equal(*states)
-    for seed in range(3):
-        grads = tree(seed + 1, scale=scale)
-        (u, a), (v, b) = (
-            jax.jit(tx.update)(grads, s, params)
-            for tx, s in zip((ours, theirs), states, strict=True)
-        )
+    steps = [jax.jit(tx.update) for tx in (ours, theirs)]
+    for scale in (1e-3, 1.0, 1.0):
+        grads = tree(1, scale=scale)
+        (u, a), (v, b) = (step(grads, s, params) for step, s in zip(steps, states, strict=True))
         chex.assert_trees_all_equal_structs(a, b)
         chex.assert_trees_all_close((u, a), (v, b), rtol=2e-5, atol=1e-7)
         states = [a, b]

@@ -75,8 +75,10 @@ def test_what_stays_float32_is_said():
     assert repr(tx).endswith("storage=int8[128])")
 
 
-@every_rule
-@pytest.mark.parametrize("storage", [None, "bfloat16", "int8"])
+EVERY_STORAGE = [("adam", s) for s in (None, "bfloat16", {"mu": "int8"})]
+
+
+@pytest.mark.parametrize("name, storage", [*((name, "int8") for name in RULES), *EVERY_STORAGE])
 def test_memory_report_counts_the_buffers(name, storage):
     params = {"w": jnp.ones((64, 100)), "b": jnp.ones(3, jnp.bfloat16), "none": None}
     tx = optimizer(name, storage=storage)

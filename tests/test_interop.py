@@ -37,8 +37,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name, storage", [*((name, "float32") for name in VARIANTS), ("AdamW", "int8"), ("SGD", "int8")]
+)
 def test_a_torch_run_continues(name, storage):
     torch = pytest.importorskip("torch")
     given, make = VARIANTS[name]

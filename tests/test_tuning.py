@@ -21,9 +21,9 @@ def schedule(count):
     return 1e-3 * (count.astype(jnp.float32) + 1)
 
 
-@pytest.mark.parametrize("entry", adam_jax.catalogue(), ids=lambda entry: entry.name)
-def test_unset_it_is_the_plain_optimizer(entry):
-    make = getattr(adam_jax, entry.name)
+@pytest.mark.parametrize("name", ["adamw", "rmsprop", "yogi", "ademamix", "schedule_free_adamw"])
+def test_unset_it_is_the_plain_optimizer(name):
+    make = getattr(adam_jax, name)
     tuned, plain = tunable(make)(1e-2), make(1e-2)
     states = [tx.init(PARAMS) for tx in (tuned, plain)]
     for _ in range(2):
@@ -32,7 +32,7 @@ def test_unset_it_is_the_plain_optimizer(entry):
         )
         states = [a, b]
         chex.assert_trees_all_close(u, v, rtol=1e-6, atol=1e-9)
-    assert repr(tuned).startswith(f"tunable({entry.name})(learning_rate=0.01")
+    assert repr(tuned).startswith(f"tunable({name})(learning_rate=0.01")
 
 
 def test_digits_of_decay_rates_survive():
