@@ -77,8 +77,8 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
     >>> import adam_jax, jax, jax.numpy as jnp
     >>> params = {"w": jax.ShapeDtypeStruct((50257, 768), jnp.float32)}
     >>> report = memory_report(adam_jax.adamw(1e-3, storage="int8"), params)
-    >>> round(report.state_bytes / report.parameters, 3)
-    2.062
+    >>> round(report.state_bytes / report.parameters, 2)
+    2.06
     """
     state = jax.eval_shape(tx.init, params)
     kept = list(_moments(state))

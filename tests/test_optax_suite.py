@@ -155,6 +155,7 @@ def pytest_sessionfinish(session):
 # ---- Our tests ----
 
 
+@pytest.mark.suite
 @pytest.mark.parametrize("group", GROUPS)
 def test_optax_suite(group, tmp_path):
     for package in ("absl", "flax", "scipy", "sklearn"):
