@@ -1,6 +1,7 @@
 """The Adam family for JAX: Optax transformations, each written once, as its paper has it."""
 
 from adam_jax import interop, rules, schedules, storage
+from adam_jax.applying import apply
 from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
 from adam_jax.catalogue import catalogue
 from adam_jax.chains import chain
@@ -29,6 +30,7 @@ from adam_jax.directions import (
 )
 from adam_jax.groups import groups
 from adam_jax.interop import convert_state
+from adam_jax.low_precision import get_master_weights, master_weights, stochastic_rounding
 from adam_jax.modifiers import cautious, grams, mars
 from adam_jax.optimizers import (
     adabelief,
@@ -74,6 +76,7 @@ __all__ = [
     "ademamix",
     "adopt",
     "amsgrad",
+    "apply",
     "catalogue",
     "cautious",
     "chain",
@@ -83,6 +86,7 @@ __all__ = [
     "ema",
     "from_rule",
     "get_hyperparams",
+    "get_master_weights",
     "grams",
     "groups",
     "interop",
@@ -90,6 +94,7 @@ __all__ = [
     "laprop",
     "lion",
     "mars",
+    "master_weights",
     "matching",
     "memory_report",
     "moments",
@@ -129,6 +134,7 @@ __all__ = [
     "sqrt",
     "stable_adamw",
     "step_count",
+    "stochastic_rounding",
     "storage",
     "trace",
     "tunable",
