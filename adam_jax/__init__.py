@@ -59,6 +59,7 @@ from adam_jax.optimizers import (
 from adam_jax.paths import matching, not_matching
 from adam_jax.report import memory_report
 from adam_jax.schedule_free import schedule_free_adamw, schedule_free_eval_params
+from adam_jax.sharding import state_sharding, zero1
 from adam_jax.states import moments, step_count
 from adam_jax.tuning import get_hyperparams, set_hyperparams, tunable
 
@@ -133,10 +134,12 @@ __all__ = [
     "simplified_ademamix",
     "sqrt",
     "stable_adamw",
+    "state_sharding",
     "step_count",
     "stochastic_rounding",
     "storage",
     "trace",
     "tunable",
     "yogi",
+    "zero1",
 ]

@@ -488,3 +488,18 @@ def nothing_after(transformations: Sequence[Any]) -> None:
                 f"{who()}: {tx!r} computes updates that land exactly, and nothing may change them; "
                 f"put it outermost, e.g. master_weights(chain(clip, adamw))"
             )
+
+
+def no_mesh(caller: str) -> ValueError:
+    return ValueError(
+        f"{caller}: the parameters have no shardings; pass arrays or ShapeDtypeStructs that have "
+        f"NamedShardings, or PartitionSpecs and their mesh: {caller}(tx, params, specs, mesh)"
+    )
+
+
+def mesh_axis(caller: str, mesh: Any, axis: str) -> None:
+    if axis not in mesh.shape:
+        raise ValueError(
+            f"{caller}: axis must be one of the mesh's, {', '.join(map(repr, mesh.shape))}, "
+            f"got {axis!r}"
+        )
