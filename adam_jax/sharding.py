@@ -126,6 +126,7 @@ def zero1(
     PartitionSpec('data', None)
     """
     checks.mesh_axis("zero1", mesh, axis)
+    specs = jax.tree.map(plain, specs, is_leaf=is_variable)
 
     def whole(params: Any) -> Any:
         """How parameters lie outside."""
