@@ -329,7 +329,7 @@ def leaf(
     """The step of one leaf, or of a part of it: decode the moments, apply the rules, encode them.
 
     A generator: what has to be averaged over the whole leaf it yields, and is sent the means.
-    `share` makes the largest of blocks of which this is a part the largest of whole blocks.
+    `share` finds the largest of each block where this is only a part of them.
     """
     dtype = arithmetic_dtype(*storage.dtypes((u, g, p, stored)))
     real = jnp.finfo(dtype).dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from adam_jax.implementations import stream, xla
+from adam_jax.implementations import pallas, stream, xla
 from adam_jax.implementations.steps import Step
 
 __all__ = ["IMPLEMENTATIONS", "Step"]
@@ -14,5 +14,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "auto": stream.where_coded,
     "xla": xla.run,
     "stream": stream.run,
+    "pallas": pallas.run,
 }
 """Each takes the step of one leaf and its operands and returns the step's result."""
