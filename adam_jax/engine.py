@@ -311,12 +311,14 @@ def run_leaf(u, g, p, stored, scalars, key, *, stages, layout, run):
     `stored` has the moments of the rules that act on the leaf.
     """
     asks = [stage[0].averages for stage in stages if stage and stage[0].factor]
-    return run(functools.partial(leaf, stages, layout), asks, u, g, p, stored, scalars, key)
+    step = functools.partial(leaf, stages, layout, float(np.size(u)))
+    return run(step, asks, u, g, p, stored, scalars, key)
 
 
 def leaf(
     stages: Stages,
     layout: Any,
+    size: float,
     u: jax.Array,
     g: jax.Array | None,
     p: jax.Array | None,
@@ -340,7 +342,7 @@ def leaf(
     p = None if p is None else p.astype(dtype)
     written = []
     for ((rule, options), (t, hyper)), moments in zip(active, stored, strict=True):
-        given = {"t": t, "g": g, "p": p}
+        given = {"t": t, "g": g, "p": p, "size": size}
         inputs = {name: given[name] for name in rule.inputs}
         decoded = [
             storage.decode(x, dtype if moment.signed else real)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu, triton
 
 from adam_jax import storage
 from adam_jax.arithmetic import arithmetic_dtype
-from adam_jax.implementations import cut, tiles, xla
+from adam_jax.implementations import cut, stream, tiles
 from adam_jax.implementations.hoist import hoist
 from adam_jax.implementations.shards import Shard, per_shard
 from adam_jax.implementations.steps import Step, asked, finish
@@ -46,19 +46,18 @@ TRITON = Target(
 )
 MOSAIC = Target(tiles.for_vectors, tpu.CompilerParams(), pl.BlockSpec(memory_space=tpu.SMEM))
 TARGETS = {
-    "cpu": TRITON._replace(drop=(), interpret=True),
-    "cuda": TRITON,
-    "rocm": TRITON,
-    "tpu": MOSAIC,
+    ("cpu",): TRITON._replace(drop=(), interpret=True),
+    ("cuda", "rocm"): TRITON,
+    ("tpu",): MOSAIC,
 }
-"""By the platform that a program is lowered for."""
+"""By the platforms that a program may be lowered for."""
 
 
 def run(leaf: Callable[..., Step], asks: Sequence[int], u: jax.Array, *operands: Any) -> Any:
-    """The step of a leaf in a kernel. XLA has scalars, and what is not computed in float32."""
+    """The step of a leaf in a kernel; in tiles where its arithmetic is not float32."""
     wide = arithmetic_dtype(*storage.dtypes((u, *operands[:3]))) != jnp.float32
     if wide or u.ndim == 0:
-        return xla.run(leaf, asks, u, *operands)
+        return stream.run(leaf, asks, u, *operands)
     return per_shard(functools.partial(_run, leaf, asks), u, *operands)
 
 
@@ -67,7 +66,9 @@ def _run(leaf: Callable[..., Step], asks: Sequence[int], *operands: Any) -> Any:
     *tiled, scalars, key, shard = operands
     if shard.cut:
         return cut.run(leaf, *operands)
-    on = {name: functools.partial(_on, kind, leaf, asks, shard) for name, kind in TARGETS.items()}
+    on: dict[str, Callable[..., Any]] = {}
+    for platforms, kind in TARGETS.items():
+        on |= dict.fromkeys(platforms, functools.partial(_on, kind, leaf, asks, shard))
     return jax.lax.platform_dependent(tiled, (scalars, key, shard.origin), **on)
 
 

@@ -27,12 +27,6 @@ def tile_size() -> int:
     return 2**17 if jax.default_backend() == "cpu" else 2**23
 
 
-def where_coded(leaf: Callable[..., Step], asks: Sequence[int], *operands: Any) -> Any:
-    """Streams a leaf whose state is coded; XLA fuses the others well."""
-    coded = any(storage.is_coded(x) for moments in operands[3] for x in moments)
-    return (run if coded else xla.run)(leaf, asks, *operands)
-
-
 def run(leaf: Callable[..., Step], asks: Sequence[int], u: jax.Array, *operands: Any) -> Any:
     """The step of a leaf tile by tile; of a leaf that is no larger than a tile, at once."""
     if u.size <= tile_size():
