@@ -129,7 +129,7 @@ def _call(
     scalars, tree = jax.tree.flatten(small)
     i = jax.ShapeDtypeStruct((), jnp.int32)
     tile_types = [
-        jax.ShapeDtypeStruct((grid.rows, grid.columns // span), x.dtype)
+        jax.ShapeDtypeStruct((grid.rows, pl.cdiv(grid.columns, span)), x.dtype)
         for x, span in zip(arrays, spans, strict=True)
     ]
 

@@ -42,7 +42,7 @@ class Grid(NamedTuple):
     def spec(self, span: int) -> pl.BlockSpec:
         """The tile of an array of which one column stands for `span` of the leaf's."""
         leading = [None] * (len(self.shape) - 2)
-        return pl.BlockSpec((*leading, self.rows, self.columns // span), self.at)
+        return pl.BlockSpec((*leading, self.rows, pl.cdiv(self.columns, span)), self.at)
 
     def view(self, x: jax.Array) -> jax.Array:
         """An operand with the grid's axes."""
@@ -86,7 +86,7 @@ class Grid(NamedTuple):
         return tile * self.rows + jax.lax.broadcasted_iota(jnp.int32, (self.rows, 1), 0)
 
     def _columns(self, tile: jax.Array, span: int) -> jax.Array:
-        iota = jax.lax.broadcasted_iota(jnp.int32, (1, self.columns // span), 1)
+        iota = jax.lax.broadcasted_iota(jnp.int32, (1, pl.cdiv(self.columns, span)), 1)
         return tile * self.columns + iota * span
 
 
