@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import storage
+from adam_jax.low_precision import MasterWeightsState
 from adam_jax.states import moment_fields, named_tuples
 
 
@@ -29,7 +30,8 @@ class MemoryReport:
     """What `memory_report` found; print it for the table.
 
     Attributes:
-      rows: parameters, gradients, each moment and the rest of the state, in bytes.
+      rows: parameters, gradients, each moment, the bits below bfloat16 parameters, and the rest of
+        the state, in bytes.
       parameters: how many numbers are trained.
       uncoded: how many leaves of a coded moment stay uncoded, and of how many; None without codes.
     """
@@ -87,11 +89,13 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
         (sum(not storage.is_coded(x) for x in leaves), len(leaves))
         for leaves in (storage.leaves(m).values() for _, m in kept if isinstance(m, storage.Blocks))
     ]
-    rest = _bytes(state) - sum(row.bytes for row in of_moments)
+    below = [s.rest for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
+    of_state = of_moments + [Row("bits below", _formats(tree), _bytes(tree)) for tree in below]
+    rest = _bytes(state) - sum(row.bytes for row in of_state)
     rows = [
         Row("parameters", _formats(params), _bytes(params)),
         Row("gradients", _formats(params), _bytes(params)),
-        *of_moments,
+        *of_state,
         Row("other state", "", rest),
     ]
     count = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))

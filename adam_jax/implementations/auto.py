@@ -14,12 +14,14 @@ from adam_jax.implementations import pallas, stream, xla
 from adam_jax.implementations.steps import Step
 
 
-def run(leaf: Callable[..., Step], asks: Sequence[int], u: jax.Array, *operands: Any) -> Any:
+def run(
+    leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
+) -> Any:
     """Coded state in a kernel where there are any, else in tiles; XLA fuses the rest well."""
     if not any(storage.is_coded(x) for moments in operands[2] for x in moments):
-        return xla.run(leaf, asks, u, *operands)
-    streamed = functools.partial(stream.run, leaf, asks)
-    kernel = functools.partial(pallas.run, leaf, asks)
+        return xla.run(leaf, asks, over, u, *operands)
+    streamed = functools.partial(stream.run, leaf, asks, over)
+    kernel = functools.partial(pallas.run, leaf, asks, over)
     if jax.default_backend() == "cpu" or not _compiles(kernel, u, *operands):
         return streamed(u, *operands)
     # a program that an accelerator's host runs itself is not to interpret a kernel

@@ -53,22 +53,24 @@ TARGETS = {
 """By the platforms that a program may be lowered for."""
 
 
-def run(leaf: Callable[..., Step], asks: Sequence[int], u: jax.Array, *operands: Any) -> Any:
+def run(
+    leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
+) -> Any:
     """The step of a leaf in a kernel; in tiles where its arithmetic is not float32."""
     wide = arithmetic_dtype(*storage.dtypes((u, *operands[:3]))) != jnp.float32
     if wide or u.ndim == 0:
-        return stream.run(leaf, asks, u, *operands)
-    return per_shard(functools.partial(_run, leaf, asks), u, *operands)
+        return stream.run(leaf, asks, over, u, *operands)
+    return per_shard(functools.partial(_run, leaf, asks, over), over, u, *operands)
 
 
-def _run(leaf: Callable[..., Step], asks: Sequence[int], *operands: Any) -> Any:
+def _run(leaf: Callable[..., Step], asks: Sequence[int], over: int, *operands: Any) -> Any:
     """The step of what one device has of a leaf, on whatever kind of device."""
     *tiled, scalars, key, shard = operands
     if shard.cut:
         return cut.run(leaf, *operands)
     on: dict[str, Callable[..., Any]] = {}
     for platforms, kind in TARGETS.items():
-        on |= dict.fromkeys(platforms, functools.partial(_on, kind, leaf, asks, shard))
+        on |= dict.fromkeys(platforms, functools.partial(_on, kind, leaf, asks, over, shard))
     return jax.lax.platform_dependent(tiled, (scalars, key, shard.origin), **on)
 
 
@@ -76,12 +78,13 @@ def _on(
     target: Target,
     leaf: Callable[..., Step],
     asks: Sequence[int],
+    over: int,
     shard: Shard,
     tiled: Any,
     small: Any,
 ) -> Any:
     """The step on one kind of device."""
-    u, _, _, stored = tiled
+    u, *_, stored = tiled
     arrays, tree = jax.tree.flatten(tiled)
     spans = jax.tree.leaves(_spans(tiled))
     grid = target.grid(u.shape, max(spans))
@@ -105,10 +108,10 @@ def _on(
         partial = call(sums, (small, means), partial_sums=count)
         means.append(shard.mean([jnp.sum(x) for x in partial]))
     numbered = tree.unflatten(range(len(arrays)))
-    written = (numbered[0], numbered[3])
-    out = call(advance, (small, means), over=jax.tree.leaves(written))
-    out = [x.reshape(arrays[k].shape) for x, k in zip(out, jax.tree.leaves(written), strict=True)]
-    return jax.tree.unflatten(jax.tree.structure((u, stored)), out)
+    written = jax.tree.leaves((numbered[over], numbered[3]))
+    out = call(advance, (small, means), over=written)
+    out = [x.reshape(arrays[k].shape) for x, k in zip(out, written, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure((tiled[over], stored)), out)
 
 
 def _call(
