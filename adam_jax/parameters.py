@@ -114,7 +114,9 @@ def _cut(dtype: Any) -> int:
 
 def _to_nearest_even(x: jax.Array) -> jax.Array:
     """x as it would come back from bfloat16; a pair of casts XLA may leave out."""
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    bits = _bits(x)
+    nearest = _float((bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF)
+    return jnp.where(jnp.isfinite(x), nearest, x)
 
 
 def _bits(x: jax.Array) -> jax.Array:

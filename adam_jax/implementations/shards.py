@@ -146,7 +146,7 @@ def _partitioned(
 
     @underived.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        raise checks.no_derivative("is streamed")
+        raise checks.no_derivative("is stepped in tiles")
 
     return underived
 

@@ -40,7 +40,7 @@ def encode(
 ) -> Any:
     """x as `stored` is stored; rounded to the nearest where there are no random bits.
 
-    `share` is for a part of a leaf: (largest of its blocks, block) → that of whole blocks.
+    `share` is for a part of a leaf: (its magnitudes, block) → the largest of each whole block.
     """
     bits = None if bits is None else vary(bits, name)
     if not isinstance(stored, Blocks):
