@@ -1,6 +1,6 @@
 """The Adam family for JAX: Optax transformations, each written once, as its paper has it."""
 
-from adam_jax import interop, rules, schedules, storage
+from adam_jax import diagnostics, interop, rules, schedules, storage
 from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
 from adam_jax.catalogue import catalogue
 from adam_jax.chains import chain
@@ -80,6 +80,7 @@ __all__ = [
     "compare",
     "convert_state",
     "debias",
+    "diagnostics",
     "ema",
     "from_rule",
     "get_hyperparams",

@@ -425,3 +425,14 @@ def chained(state: Any, parts: int) -> None:
             f"chain: the state must be a tuple of {parts}, one for each part, got "
             f"{_outline(state)}; use the state of the same chain, or make a new one"
         )
+
+
+@contextlib.contextmanager
+def needing_extra(what: str) -> Iterator[None]:
+    """A missing package is called by its name, with the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{what} needs {error.name}: pip install "adam_jax[demo]"', name=error.name
+        ) from None

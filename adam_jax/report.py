@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import storage
-from adam_jax.states import moment_fields, named_tuples
+from adam_jax.states import stored_moments
 
 
 class Row(NamedTuple):
@@ -81,7 +81,7 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
     2.06
     """
     state = jax.eval_shape(tx.init, params)
-    kept = list(_moments(state))
+    kept = list(stored_moments(state))
     of_moments = [Row(name, _formats(m), _bytes(m)) for name, m in kept]
     coded = [
         (sum(not storage.is_coded(x) for x in leaves), len(leaves))
@@ -96,12 +96,6 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
     ]
     count = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
     return MemoryReport(rows, count, max(coded, default=None))
-
-
-def _moments(state: Any) -> Iterable[tuple[str, Any]]:
-    for _, s in named_tuples(state):
-        for name in moment_fields(s):
-            yield name, getattr(s, name)
 
 
 def _formats(tree: Any) -> str:
