@@ -1,6 +1,7 @@
 """The Adam family for JAX: Optax transformations, each written once, as its paper has it."""
 
 from adam_jax import diagnostics, interop, rules, schedules, storage
+from adam_jax.applying import apply
 from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
 from adam_jax.catalogue import catalogue
 from adam_jax.chains import chain
@@ -29,6 +30,7 @@ from adam_jax.directions import (
 )
 from adam_jax.groups import groups
 from adam_jax.interop import convert_state
+from adam_jax.low_precision import get_master_weights, master_weights, stochastic_rounding
 from adam_jax.modifiers import cautious, grams, mars
 from adam_jax.optimizers import (
     adabelief,
@@ -57,6 +59,7 @@ from adam_jax.optimizers import (
 from adam_jax.paths import matching, not_matching
 from adam_jax.report import memory_report
 from adam_jax.schedule_free import schedule_free_adamw, schedule_free_eval_params
+from adam_jax.sharding import state_sharding, zero1
 from adam_jax.states import moments, step_count
 from adam_jax.tuning import get_hyperparams, set_hyperparams, tunable
 
@@ -74,6 +77,7 @@ __all__ = [
     "ademamix",
     "adopt",
     "amsgrad",
+    "apply",
     "catalogue",
     "cautious",
     "chain",
@@ -84,6 +88,7 @@ __all__ = [
     "ema",
     "from_rule",
     "get_hyperparams",
+    "get_master_weights",
     "grams",
     "groups",
     "interop",
@@ -91,6 +96,7 @@ __all__ = [
     "laprop",
     "lion",
     "mars",
+    "master_weights",
     "matching",
     "memory_report",
     "moments",
@@ -129,9 +135,12 @@ __all__ = [
     "simplified_ademamix",
     "sqrt",
     "stable_adamw",
+    "state_sharding",
     "step_count",
+    "stochastic_rounding",
     "storage",
     "trace",
     "tunable",
     "yogi",
+    "zero1",
 ]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from adam_jax import tasks
 from adam_jax.catalogue import constructors, markdown, table
 from adam_jax.compare import compare
+from adam_jax.low_precision import master_weights
 from adam_jax.optimizers import adamw
 from adam_jax.report import memory_report
 from adam_jax.transformation import Transformation
@@ -115,13 +116,19 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 MODES = {
-    "float32 AdamW": ("float32", "float32", 0),
-    "bfloat16 state": ("float32", "bfloat16", 0),
-    "int8 state": ("float32", "int8", 0),
-    "bfloat16 parameters, master_weights(bits=32)": ("bfloat16", "float32", 2),
-    "bfloat16 parameters, master_weights(bits=24), int8": ("bfloat16", "int8", 1),
+    "float32 AdamW": ("float32", lambda: adamw(1e-3)),
+    "bfloat16 state": ("float32", lambda: adamw(1e-3, storage="bfloat16")),
+    "int8 state": ("float32", lambda: adamw(1e-3, storage="int8")),
+    "bfloat16 parameters, master_weights(bits=32)": (
+        "bfloat16",
+        lambda: master_weights(adamw(1e-3), bits=32),
+    ),
+    "bfloat16 parameters, master_weights(bits=24), int8": (
+        "bfloat16",
+        lambda: master_weights(adamw(1e-3, storage="int8"), bits=24),
+    ),
 }
-"""The parameters' dtype, the moments' storage, and how many bytes are kept of a master weight."""
+"""The parameters' dtype, and the optimizer."""
 
 
 def memory_table(count: int, devices: int) -> str:
@@ -132,11 +139,11 @@ def memory_table(count: int, devices: int) -> str:
     width = 4096
     heading = ["", "bytes/parameter", "total, GB", *(["GB per device"] if devices > 1 else [])]
     rows = [heading]
-    for mode, (dtype, storage, rest) in MODES.items():
+    for mode, (dtype, make) in MODES.items():
         params: Any = jax.ShapeDtypeStruct((-(-count // width), width), jnp.dtype(dtype))
-        report = memory_report(adamw(1e-3, storage=storage), params)
-        state = report.state_bytes / report.parameters + rest
-        other = 2 * params.dtype.itemsize
+        report = memory_report(make(), params)
+        state = report.state_bytes / report.parameters
+        other = report.total_bytes / report.parameters - state
         sizes = [count * (other + state), count * (other + state / devices)]
         cells = [f"{size / 1e9:,.1f}" for size in sizes[: len(heading) - 2]]
         rows.append([mode, f"{other + state:.2f}", *cells])

@@ -6,11 +6,15 @@ import dataclasses
 import inspect
 from typing import Any
 
+import jax
 import optax
 
 from adam_jax import checks, rules
+from adam_jax.applying import step
+from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.engine import Chain, link
-from adam_jax.transformation import Transformation
+from adam_jax.parameters import full, widened
+from adam_jax.transformation import Transformation, told
 
 
 def chain(*transformations: optax.GradientTransformation) -> Transformation:
@@ -32,6 +36,8 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
     >>> adam_jax.chain(optax.clip_by_global_norm(1.0), adam_jax.adam(1e-3))
     chain(clip_by_global_norm, adam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0))
     """
+    with checks.naming("chain"):
+        checks.nothing_after(transformations[:-1])
     chained = optax.chain(*transformations)
     limits = [
         _max_norm(tx) if isinstance(getattr(after, "source", None), Chain) else None
@@ -42,22 +48,30 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
+        *,
+        apply: bool = False,
         **extra: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    ) -> tuple[Any, optax.OptState]:
         checks.chained(state, len(transformations))
         states: Any = state
         new, limit = [], None
-        for tx, s, next_limit in zip(transformations, states, limits, strict=True):
+        last = len(transformations) - 1
+        for k, (tx, s, next_limit) in enumerate(zip(transformations, states, limits, strict=True)):
+            if k < last and next_limit is None:
+                updates = widened(updates, params)
+            here = {"params": params if k == last else full(params), "apply": apply and k == last}
             if limit is not None:
-                updates, s = _clipped(limit, tx, updates, s, params)
+                updates, s = _clipped(limit, tx, updates, s, **here)
             elif next_limit is None:
-                updates, s = optax.with_extra_args_support(tx).update(updates, s, params, **extra)
+                updates, s = step(tx, updates, s, **here, **extra)
             new.append(s)
             limit = next_limit
         return updates, tuple(new)
 
-    text = f"chain({', '.join(_text(tx) for tx in transformations)})"
-    return Transformation(chained.init, update).made_of(transformations, text)
+    text = f"chain({', '.join(map(told, transformations))})"
+    made = Transformation(chained.init, update)
+    ends = bool(transformations) and getattr(transformations[-1], "last", False)
+    return made.made_of(transformations, text, applies=bool(transformations), last=ends)
 
 
 def _max_norm(tx: optax.GradientTransformation) -> Any:
@@ -68,21 +82,15 @@ def _max_norm(tx: optax.GradientTransformation) -> Any:
 
 
 def _clipped(
-    limit: Any, tx: Any, updates: optax.Updates, state: Any, params: optax.Params | None
-) -> tuple[optax.Updates, Any]:
+    limit: Any, tx: Any, updates: optax.Updates, state: Any, params: Any, apply: bool
+) -> tuple[Any, Any]:
     """A step of one of our optimizers with clipping for its first link."""
     steps: Chain = tx.source
-    front = link(rules.clip, {"norm": optax.tree.norm(updates), "max_norm": limit})
+    norm = optax.tree.norm(jax.tree.map(lambda u: u.astype(arithmetic_dtype(u.dtype)), updates))
+    front = link(rules.clip, {"norm": norm, "max_norm": limit})
     with_clip = dataclasses.replace(steps, links=(front, *steps.links), bare=False)
     states = (optax.EmptyState(), *((state,) if steps.bare else state))
     with checks.naming(steps.name):
-        updates, new = with_clip.update(updates, states, params)
+        updates, new = with_clip.update(updates, states, params, apply=apply)
     after: Any = new
     return updates, after[1] if steps.bare else after[1:]
-
-
-def _text(tx: optax.GradientTransformation) -> str:
-    if isinstance(tx, Transformation):
-        return repr(tx)
-    made_by = getattr(tx.update, "__qualname__", "?")  # clip.<locals>.update_fn, as Optax has it
-    return made_by.split(".")[0]

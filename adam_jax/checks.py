@@ -235,13 +235,16 @@ def scales(path: tuple[Any, ...], name: str, codes: Any, scales: Any, block: int
         )
 
 
-def parameter(path: tuple[Any, ...], gradient: Any, p: Any, rules: Sequence[Rule]) -> None:
-    """Parameters have the gradients' shapes, and rules that use them need them."""
-    if p is None and not rules:
+def parameter(
+    path: tuple[Any, ...], gradient: Any, p: Any, rules: Sequence[Rule], applied: bool
+) -> None:
+    """Parameters have the gradients' shapes; rules that use them and applied updates need them."""
+    if p is None and not rules and not applied:
         return
     if p is None:
-        rule = rules[0]
-        needy = "weight_decay" if "weight_decay" in rule.hyperparams else rule.name
+        needy = "apply" if applied else rules[0].name
+        if rules and "weight_decay" in rules[0].hyperparams:
+            needy = "weight_decay"
         raise ValueError(
             f"{who()}: {needy} needs the parameters, and {_at('the gradient of', path)} came "
             f"without one; call update(gradients, state, params)"
@@ -424,6 +427,81 @@ def chained(state: Any, parts: int) -> None:
         raise ValueError(
             f"chain: the state must be a tuple of {parts}, one for each part, got "
             f"{_outline(state)}; use the state of the same chain, or make a new one"
+        )
+
+
+def number_of(name: str, value: Any, options: Sequence[int]) -> None:
+    if value not in options:
+        raise ValueError(f"{who()}: {name} must be {' or '.join(map(str, options))}, got {value!r}")
+
+
+def seed(value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ValueError(f"{who()}: seed must be an integer from 0 to 2**32 - 1, got {value!r}")
+
+
+def parameters_given(params: Any) -> None:
+    if params is None:
+        raise ValueError(
+            f"{who()}: needs the parameters, which it rounds; call update(gradients, state, params)"
+        )
+
+
+def no_wider_than_float32(path: tuple[Any, ...], x: Any) -> None:
+    """What is kept below a parameter makes it float32: there is nothing to keep below a float64."""
+    dtype = getattr(x, "dtype", None)
+    if dtype in (jnp.float64, jnp.complex128):
+        raise ValueError(
+            f"{who()}: {_at('the parameter', path)} is {dtype}, and masters are float32; keep it "
+            f"out, e.g. with optax.partition, or make it bfloat16 or float32"
+        )
+
+
+def rest(path: tuple[Any, ...], p: Any, rest: Any, dtype: Any) -> None:
+    """What is kept below a parameter must be what init made for it."""
+    if dtype is None or p is None:
+        return
+    narrow = getattr(p, "dtype", None) == jnp.bfloat16
+    wanted = np.shape(p) if narrow else (1,) * np.ndim(p)
+    if rest is None or rest.shape != wanted or rest.dtype != dtype:
+        got = "nothing" if rest is None else f"{rest.dtype}{list(rest.shape)}"
+        raise ValueError(
+            f"{who()}: below {_at('the parameter', path)}, which is {jnp.result_type(p)}, the "
+            f"state keeps {got} where {jnp.dtype(dtype)}{list(wanted)} belongs; its dtype, or "
+            f"bits=, was another when init was called: make the state anew"
+        )
+
+
+def as_many(parameters: Sequence[Any], rests: Sequence[Any]) -> None:
+    if len(parameters) != len(rests):
+        raise ValueError(
+            f"{who()}: {len(parameters)} parameters were given, and the state keeps the bits below "
+            f"{len(rests)}; pass the parameters that belong to the state"
+        )
+
+
+def nothing_after(transformations: Sequence[Any]) -> None:
+    """What lands exactly must be the last to touch the updates."""
+    for tx in transformations:
+        if getattr(tx, "last", False):
+            raise ValueError(
+                f"{who()}: {tx!r} computes updates that land exactly, and nothing may change them; "
+                f"put it outermost, e.g. master_weights(chain(clip, adamw))"
+            )
+
+
+def no_mesh(caller: str) -> ValueError:
+    return ValueError(
+        f"{caller}: the parameters have no shardings; pass arrays or ShapeDtypeStructs that have "
+        f"NamedShardings, or PartitionSpecs and their mesh: {caller}(tx, params, specs, mesh)"
+    )
+
+
+def mesh_axis(caller: str, mesh: Any, axis: str) -> None:
+    if axis not in mesh.shape:
+        raise ValueError(
+            f"{caller}: axis must be one of the mesh's, {', '.join(map(repr, mesh.shape))}, "
+            f"got {axis!r}"
         )
 
 

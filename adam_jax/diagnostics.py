@@ -19,7 +19,7 @@ from adam_jax.compare import looks
 from adam_jax.declare import Rule
 from adam_jax.paths import path_string, search
 from adam_jax.states import moment_fields, named_tuples, stored_moments
-from adam_jax.transformation import Transformation, labelled_parts
+from adam_jax.transformation import Transformation, labelled_parts, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,7 +128,8 @@ def record(
         at: Any = jnp.where(due, step, state.measured_at)
         return updates, RecordState(step, at, values, new)
 
-    return Transformation(init, update).made_of((tx,), f"record({tx!r}, every={every})")
+    text = f"record({told(tx)}, every={every})"
+    return Transformation(init, update).made_of((tx,), text, last=getattr(tx, "last", False))
 
 
 Groups: TypeAlias = tuple[tuple[str, str], ...]

@@ -2,7 +2,8 @@
 
 A `Link` is a rule with its hyperparameters. A `Chain` of links is executed leaf by leaf in one
 pass: the gradient goes in, every link transforms it in turn, in float32 whatever the leaf's dtype,
-and the update comes out in the gradient's dtype. The state is laid out as Optax lays it out.
+and the update comes out in the gradient's dtype, or the parameter with the update applied. The
+state is laid out as Optax lays it out.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_jax import checks, hyperparams, storage
+from adam_jax import checks, hyperparams, parameters, storage
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.declare import Rule
 from adam_jax.implementations import IMPLEMENTATIONS, Step
+from adam_jax.parameters import is_narrow
 from adam_jax.paths import path_string
 from adam_jax.states import count_fields, state_class
 from adam_jax.storage import Blocks
@@ -99,7 +101,7 @@ class Chain:
 
     def transformation(self) -> Transformation:
         init, update = checks.naming(self.name)(self.init), checks.naming(self.name)(self.update)
-        return Transformation(init, update).made_of(self)
+        return Transformation(init, update).made_of(self, applies=True)
 
     def init(self, params: optax.Params) -> optax.OptState:
         """The state before the first step: moments at their start, counts at 0."""
@@ -113,21 +115,23 @@ class Chain:
         state: optax.OptState,
         params: optax.Params | None = None,
         *,
+        apply: bool = False,
         beside: optax.Updates | None = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    ) -> tuple[Any, optax.OptState]:
         """One step: what to add to the parameters, and the new state. Ignores extra arguments.
 
-        `beside` holds the gradients, where `updates` are another transformation's direction.
+        With `apply` it gives the new parameters instead; of `Narrow` ones always. `beside` holds
+        the gradients, where `updates` are another transformation's direction.
         """
         del extra
         states = self._own(state)
         steps = [_step(link, s) for link, s in zip(self.links, states, strict=True)]
         scalars, layout = hyperparams.pack([(step.t, step.operands) for step in steps])
-        tree = _Tree(updates)
+        tree = Tree(updates)
         moments = self._moments(tree, states)
         stepped = [
-            self._step_leaf(path, u, g, p, stored, stages, scalars, layout)
+            self._step_leaf(path, u, g, p, stored, stages, scalars, layout, apply)
             for (path, u), g, p, stored, stages in zip(
                 tree.leaves,
                 tree.like("gradients", beside),
@@ -137,8 +141,8 @@ class Chain:
                 strict=True,
             )
         ]
-        directions = tree.with_leaves([direction for direction, _ in stepped])
-        return directions, self._next(tree, states, steps, [written for _, written in stepped])
+        results = tree.with_leaves([result for result, _ in stepped])
+        return results, self._next(tree, states, steps, [written for _, written in stepped])
 
     def _own(self, state: Any) -> list[Any]:
         """The state of each link, out of the masks around them."""
@@ -147,7 +151,7 @@ class Chain:
         states = [state] if self.bare else state
         return [s.inner_state if m else s for s, m in zip(states, masked, strict=True)]
 
-    def _moments(self, tree: _Tree, states: Sequence[Any]) -> list[tuple[tuple[Any, ...], ...]]:
+    def _moments(self, tree: Tree, states: Sequence[Any]) -> list[tuple[tuple[Any, ...], ...]]:
         """For each leaf, for each link, its moments as they are stored."""
         per_link = [
             zip(*(_stored(tree, getattr(s, name)) for name in link.rule.moments), strict=True)
@@ -157,7 +161,7 @@ class Chain:
         ]
         return list(zip(*per_link, strict=True))
 
-    def _stages(self, tree: _Tree) -> list[Stages]:
+    def _stages(self, tree: Tree) -> list[Stages]:
         """For each leaf, the rules that act on it."""
         per_link = []
         for link in self.links:
@@ -166,7 +170,7 @@ class Chain:
         return list(zip(*per_link, strict=True))
 
     def _next(
-        self, tree: _Tree, states: Sequence[Any], steps: Sequence[_Step], written: Sequence[Any]
+        self, tree: Tree, states: Sequence[Any], steps: Sequence[_Step], written: Sequence[Any]
     ) -> Any:
         """The new state: moments written, steps counted, masks put back around."""
         new = []
@@ -189,12 +193,14 @@ class Chain:
         stages: Stages,
         scalars: jax.Array,
         layout: Any,
+        apply: bool,
     ) -> tuple[Any, Sequence[tuple[Any, ...]]]:
         """Checks one leaf and runs the rules on it; a leaf without a gradient stays as it is."""
+        lands = apply or is_narrow(p)
         if u is None:
-            return None, stored
+            return p if lands else None, stored
         if getattr(u, "dtype", None) == jax.dtypes.float0:
-            return u if p is None else jnp.zeros_like(p), stored
+            return p if lands else u if p is None else jnp.zeros_like(p), stored
         checks.leaf("the gradient of", path, u)
         u = float(u) if isinstance(u, int) else u
         for link, moments in zip(self.links, stored, strict=True):
@@ -203,21 +209,29 @@ class Chain:
                 if storage.is_coded(x):
                     checks.scales(path, name, x.codes, x.scales, storage.block_of(x))
         wants_p = [stage[0] for stage in stages if stage and "p" in stage[0].inputs]
-        checks.parameter(path, u, p, wants_p)
+        checks.parameter(path, u, parameters.value(p), wants_p, lands)
         if np.size(u) == 0:
-            return u, stored
-        key = np.array([name_key(path_string(path))], np.uint32) if storage.draws(stored) else None
+            return p if lands else u, stored
+        draw = p.draw if is_narrow(p) else None
+        key = _key(path, draw) if storage.draws(stored) or draw is not None else None
         run = IMPLEMENTATIONS[self.implementation]
-        p = p if wants_p else None
+        p = (p if draw is None else p._replace(draw=None)) if wants_p or lands else None
         used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
-        u, new = run_leaf(u, g, p, used, scalars, key, stages=stages, layout=layout, run=run)
+        settings = Settings(stages, layout, run, lands)
+        result, new = run_leaf(u, g, p, used, scalars, key, settings=settings)
         news = iter(new)
-        return u, [
+        return result, [
             next(news) if stage else moments for moments, stage in zip(stored, stages, strict=True)
         ]
 
 
-class _Tree:
+def _key(path: tuple[Any, ...], draw: jax.Array | None) -> jax.typing.ArrayLike:
+    """What a leaf's random bits depend on: its path, and what its parameter is drawn by."""
+    name = np.array([name_key(path_string(path))], np.uint32)
+    return name if draw is None else jnp.append(name, draw)
+
+
+class Tree:
     """The updates as a list of leaves with their paths; a None among them is a leaf."""
 
     def __init__(self, tree: Any):
@@ -237,7 +251,7 @@ class _Tree:
         return self.treedef.unflatten(leaves)
 
 
-def _stored(tree: _Tree, moment: Any) -> list[Any]:
+def _stored(tree: Tree, moment: Any) -> list[Any]:
     """A moment's leaves as they are stored: arrays, or the codes and scales of one leaf."""
     if not isinstance(moment, Blocks):
         return tree.like("state", moment)
@@ -245,7 +259,7 @@ def _stored(tree: _Tree, moment: Any) -> list[Any]:
     return list(map(storage.one_leaf, codes, scales))
 
 
-def _written(tree: _Tree, moment: Any, leaves: Sequence[Any]) -> Any:
+def _written(tree: Tree, moment: Any, leaves: Sequence[Any]) -> Any:
     """The moment with new leaves."""
     if not isinstance(moment, Blocks):
         return tree.with_leaves(leaves)
@@ -304,22 +318,34 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-@functools.partial(jax.jit, static_argnames=("stages", "layout", "run"))
-def run_leaf(u, g, p, stored, scalars, key, *, stages, layout, run):
+class Settings(NamedTuple):
+    """What a leaf's trace depends on beside shapes and dtypes."""
+
+    stages: Stages
+    layout: Any
+    run: Callable[..., Any]
+    lands: bool
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def run_leaf(u, g, p, stored, scalars, key, *, settings):
     """`leaf`, compiled; one trace for each shape and dtype, whatever the path and the values.
 
     `stored` has the moments of the rules that act on the leaf.
     """
+    stages, layout, run, lands = settings
     asks = [stage[0].averages for stage in stages if stage and stage[0].factor]
-    return run(functools.partial(leaf, stages, layout), asks, u, g, p, stored, scalars, key)
+    step = functools.partial(leaf, stages, layout, lands)
+    return run(step, asks, 2 if lands else 0, u, g, p, stored, scalars, key)
 
 
 def leaf(
     stages: Stages,
     layout: Any,
+    lands: bool,
     u: jax.Array,
     g: jax.Array | None,
-    p: jax.Array | None,
+    p: Any,
     stored: Sequence[tuple[Any, ...]],
     scalars: jax.Array,
     key: jax.Array | None,
@@ -328,7 +354,8 @@ def leaf(
 ) -> Step:
     """The step of one leaf, or of a part of it: decode the moments, apply the rules, encode them.
 
-    A generator: what has to be averaged over the whole leaf it yields, and is sent the means.
+    It returns the update, or with `lands` the new parameter, and what is stored. A generator: what
+    has to be averaged over the whole leaf it yields, and is sent the means.
     `share` makes the largest of blocks of which this is a part the largest of whole blocks.
     """
     dtype = arithmetic_dtype(*storage.dtypes((u, g, p, stored)))
@@ -337,7 +364,7 @@ def leaf(
     active = [(stage, o) for stage, o in zip(stages, operands, strict=True) if stage is not None]
     emitted, u = u.dtype, u.astype(dtype)
     g = u if g is None else g.astype(dtype)
-    p = None if p is None else p.astype(dtype)
+    kept, p = p, None if p is None else parameters.read(p, dtype)
     written = []
     for ((rule, options), (t, hyper)), moments in zip(active, stored, strict=True):
         given = {"t": t, "g": g, "p": p}
@@ -357,7 +384,14 @@ def leaf(
             bits = random_bits(key[0], t, place)
         encode = functools.partial(storage.encode, bits=bits, share=share)
         written.append(tuple(map(encode, rule.moments, new, moments)))
-    return u.astype(emitted), written
+    if not lands:
+        return u.astype(emitted), written
+    if not is_narrow(kept):
+        u = u.astype(emitted).astype(dtype)  # as it would have been emitted
+    bits = None
+    if key is not None and parameters.draws(kept):
+        bits = random_bits(key[0], key[1], place)
+    return parameters.land(kept, jnp.add(p, u), bits), written
 
 
 def _apply(rule: Rule, u: jax.Array, moments: Sequence[jax.Array], **keywords: Any) -> Any:

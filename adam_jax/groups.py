@@ -11,7 +11,7 @@ import jax
 import optax
 
 from adam_jax.paths import path_string
-from adam_jax.transformation import Transformation
+from adam_jax.transformation import Transformation, told
 
 Settings = Mapping[str, Any] | str | optax.GradientTransformation
 
@@ -68,7 +68,7 @@ def groups(
                 )
         return partitioned.init(params)
 
-    text = f"groups({', '.join(f'{p!r}: {tx!r}' for p, tx in parts.items())})"
+    text = f"groups({', '.join(f'{p!r}: {told(tx)}' for p, tx in parts.items())})"
     return Transformation(init, partitioned.update).made_of(parts, text)
 
 

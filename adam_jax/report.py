@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -12,10 +11,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
 from adam_jax import storage
-from adam_jax.states import stored_moments
+from adam_jax.low_precision import MasterWeightsState
+from adam_jax.sharding import state_sharding
+from adam_jax.states import named_tuples, stored_moments
 
 
 class Row(NamedTuple):
@@ -33,7 +34,8 @@ class MemoryReport:
     """What `memory_report` found; print it for the table.
 
     Attributes:
-      rows: parameters, gradients, each moment and the rest of the state, in bytes.
+      rows: parameters, gradients, each moment, the bits below bfloat16 parameters, and the rest of
+        the state, in bytes.
       parameters: how many numbers are trained.
       uncoded: how many leaves of a coded moment stay uncoded, and of how many; None without codes.
     """
@@ -87,7 +89,7 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
     Args:
       tx: an Optax transformation, ours or another.
       params: arrays or `jax.ShapeDtypeStruct`s. Gradients are taken to have their dtypes and
-        shardings, and the state to be laid out as they are.
+        shardings, and the state to lie as `state_sharding` says.
 
     Returns:
       a `MemoryReport`: `.state_bytes`, `.total_bytes`, `.bytes_per_device`, `.rows`; it prints as a
@@ -99,22 +101,23 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
     >>> round(report.state_bytes / report.parameters, 2)
     2.06
     """
-    params = jax.tree.map(_with_explicit_sharding, params)
-    meshes = [x.sharding.mesh for x in jax.tree.leaves(params) if _is_sharded(x)]
-    with jax.sharding.use_abstract_mesh(meshes[0]) if meshes else contextlib.nullcontext():
-        state = jax.eval_shape(tx.init, params)
+    state = jax.eval_shape(tx.init, jax.tree.map(_shape, params))
+    if any(map(_is_sharded, jax.tree.leaves(params))):
+        state = jax.tree.map(_laid_out, state, state_sharding(tx, params))
     kept = list(stored_moments(state))
     of_moments = [Row(name, _formats(m), *_bytes(m)) for name, m in kept]
     coded = [
         (sum(not storage.is_coded(x) for x in leaves), len(leaves))
         for leaves in (storage.leaves(m).values() for _, m in kept if isinstance(m, storage.Blocks))
     ]
+    below = [s.rest for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
+    of_state = of_moments + [Row("bits below", _formats(tree), *_bytes(tree)) for tree in below]
     whole, local = _bytes(state)
-    rest = whole - sum(r.bytes for r in of_moments), local - sum(r.per_device for r in of_moments)
+    rest = whole - sum(r.bytes for r in of_state), local - sum(r.per_device for r in of_state)
     rows = [
         Row("parameters", _formats(params), *_bytes(params)),
         Row("gradients", _formats(params), *_bytes(params)),
-        *of_moments,
+        *of_state,
         Row("other state", "", *rest),
     ]
     count = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
@@ -141,14 +144,13 @@ def _shard_shape(x: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     return x.sharding.shard_shape(shape) if _is_sharded(x) else shape
 
 
-def _with_explicit_sharding(x: Any) -> Any:
-    """Only explicit mesh axes show how what is made from an array is sharded."""
-    if not _is_sharded(x):
-        return x
-    mesh = x.sharding.mesh.abstract_mesh
-    mesh = mesh.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
-
-
 def _is_sharded(x: Any) -> bool:
     return isinstance(getattr(x, "sharding", None), NamedSharding)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def _laid_out(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

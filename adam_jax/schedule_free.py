@@ -113,8 +113,10 @@ def schedule_free_adamw(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        *,
+        apply: bool = False,
         **extra: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[Any, Any]:
         del extra
         dtype = arithmetic_dtype(state.weight_sum.dtype)
         rate = warmed_up(state.step_count - 1, dtype)
@@ -124,7 +126,7 @@ def schedule_free_adamw(
         share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1), 0)
         inner = (*state.base_optimizer_state, _Iterate(state.step_count - 1, state.z))
         states: Any
-        updates, states = chain(rate, share).update(updates, inner, params)
+        updates, states = chain(rate, share).update(updates, inner, params, apply=apply)
         *base, iterate = states
         return updates, state._replace(
             weight_sum=weight_sum.astype(state.weight_sum.dtype),
@@ -134,7 +136,7 @@ def schedule_free_adamw(
             z=iterate.z,
         )
 
-    return Transformation(init, update).made_of((checked,))
+    return Transformation(init, update).made_of((checked,), applies=True)
 
 
 def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:

@@ -21,10 +21,17 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     source: Any = None  # a Chain of links, a tuple of transformations, or groups of them by label
     text: str = ""
+    applies: bool = False
+    """Whether update takes `apply=True`, for the new parameters, and parameters that are Narrow."""
 
-    def made_of(self, source: Any, text: str = "") -> Transformation:
+    last: bool = False
+    """Whether its updates land exactly, so that nothing may change them."""
+
+    def made_of(
+        self, source: Any, text: str = "", applies: bool = False, last: bool = False
+    ) -> Transformation:
         """Notes the source: the engine's chain of links, or the transformations inside."""
-        self.source, self.text = source, text
+        self.source, self.text, self.applies, self.last = source, text, applies, last
         return self
 
     def named(self, name: str, arguments: Mapping[str, Any]) -> Transformation:
@@ -42,6 +49,19 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     def __repr__(self) -> str:
         return self.text or super().__repr__()
+
+
+def applies(tx: Any) -> bool:
+    """Whether a transformation, ours or another, can take an update to the parameters by itself."""
+    return isinstance(tx, Transformation) and tx.applies
+
+
+def told(tx: optax.GradientTransformation) -> str:
+    """A transformation for a repr: of Optax's, what made it."""
+    if isinstance(tx, Transformation):
+        return repr(tx)
+    made_by = getattr(tx.update, "__qualname__", "?")  # clip.<locals>.update_fn, as Optax has it
+    return made_by.split(".")[0]
 
 
 def parts(tx: Any) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from adam_jax import checks
 from adam_jax.arithmetic import decay_rate
 from adam_jax.paths import path_string
 from adam_jax.states import named_tuples
-from adam_jax.transformation import Transformation
+from adam_jax.transformation import Transformation, applies
 
 P = ParamSpec("P")
 
@@ -61,7 +61,7 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
     def make(*args: P.args, **kwargs: P.kwargs) -> Transformation:
         with checks.naming(name):
             bound = checks.arguments(signature, args, kwargs)
-            told = repr(constructor(*args, **kwargs))  # and bad arguments raise here
+            example = constructor(*args, **kwargs)  # so that bad arguments raise here
         bound.apply_defaults()
         given = {k: v for k, v in bound.arguments.items() if _is_tunable(k, v)}
 
@@ -88,7 +88,8 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
             )
 
         made = Transformation(checks.naming(name)(init), checks.naming(name)(update))
-        return made.made_of((), told.replace(constructor.__name__, name, 1))
+        told = repr(example).replace(constructor.__name__, name, 1)
+        return made.made_of((), told, applies=applies(example))
 
     return make
 

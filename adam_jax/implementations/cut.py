@@ -23,7 +23,7 @@ def run(
     leaf: Callable[..., Step],
     u: jax.Array,
     g: jax.Array | None,
-    p: jax.Array | None,
+    p: Any,
     stored: Any,
     scalars: jax.Array,
     key: jax.Array | None,
@@ -64,5 +64,5 @@ def run(
     rows = jnp.arange(u.size // columns).reshape(*shape[:-1], 1)
     place = shard.place(rows, jnp.zeros_like(rows), columns, shape)
     inside = [tuple(narrow(x) for x in moments) for moments in stored]
-    u, new = finish(leaf(u, g, p, inside, scalars, key, place, share), mean)
-    return u, [tuple(map(widen, *pair)) for pair in zip(new, stored, strict=True)]
+    result, new = finish(leaf(u, g, p, inside, scalars, key, place, share), mean)
+    return result, [tuple(map(widen, *pair)) for pair in zip(new, stored, strict=True)]

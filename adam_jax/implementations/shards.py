@@ -53,12 +53,16 @@ class Shard(NamedTuple):
         return [(jax.lax.psum(x, self.axes) if self.axes else x) / size for x in sums]
 
 
-def per_shard(run: Callable[..., Any], *operands: Any) -> Any:
-    """run(*operands, shard) on each shard of the leaf; the first operand is the leaf's update."""
+def per_shard(run: Callable[..., Any], over: int, *operands: Any) -> Any:
+    """run(*operands, shard) on each shard of the leaf; the first operand is the leaf's update.
+
+    What it returns is laid out as the operand `over`, and as what is stored.
+    """
     u = operands[0]
+    replaced = (operands[over], operands[3])
     arrays, tree = jax.tree.flatten(operands)
     roles = jax.tree.leaves(_roles(operands))
-    written = jax.tree.leaves(_roles((u, operands[3])))
+    written = jax.tree.leaves(_roles((u, *replaced))[1:])
     blocks = [storage.block_of(x) for moments in operands[3] for x in moments]
     indices = [jnp.arange(n, dtype=jnp.uint32) for n in u.shape]
 
@@ -96,14 +100,14 @@ def per_shard(run: Callable[..., Any], *operands: Any) -> Any:
             x if role == "leaf" else jax.reshard(x, spec)
             for x, role, spec in zip([*arrays, *indices], [*roles, *u.shape], inputs, strict=True)
         ]
-        kept = jax.tree.leaves((u, operands[3]))  # whose types the results must have, for a scan
+        kept = jax.tree.leaves(replaced)  # whose types the results must have, for a scan
         out = [
             jax.reshard(x, jax.typeof(k).sharding)
             for x, k in zip(mapped(*given), kept, strict=True)
         ]
     else:
         out = _partitioned(whole, split, u.ndim, roles, written)(*arrays, *indices)
-    return jax.tree.unflatten(jax.tree.structure((u, operands[3])), out)
+    return jax.tree.unflatten(jax.tree.structure(replaced), out)
 
 
 def _partitioned(

@@ -1,8 +1,9 @@
 """A loop over tiles of a leaf, everything updated in place: temporaries of a tile, not of a leaf.
 
-The direction is written over the gradient. Each tile is read and computed inside a `lax.cond`:
-without that boundary XLA fuses reads of one buffer past writes of another and copies a whole buffer
-in each iteration.
+The direction is written over the gradient, or the new parameter over the old. Each tile is read and
+computed inside a `lax.cond`: without that boundary XLA fuses reads of one buffer past writes of
+another and copies a whole buffer in each iteration. What is written goes through the loop as bits
+where it is bfloat16: XLA:CPU would convert all of it to float32 and back, for every tile.
 """
 
 from __future__ import annotations
@@ -27,25 +28,28 @@ def tile_size() -> int:
     return 2**17 if jax.default_backend() == "cpu" else 2**23
 
 
-def where_coded(leaf: Callable[..., Step], asks: Sequence[int], *operands: Any) -> Any:
+def where_coded(leaf: Callable[..., Step], asks: Sequence[int], over: int, *operands: Any) -> Any:
     """Streams a leaf whose state is coded; XLA fuses the others well."""
     coded = any(storage.is_coded(x) for moments in operands[3] for x in moments)
-    return (run if coded else xla.run)(leaf, asks, *operands)
+    return (run if coded else xla.run)(leaf, asks, over, *operands)
 
 
-def run(leaf: Callable[..., Step], asks: Sequence[int], u: jax.Array, *operands: Any) -> Any:
+def run(
+    leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
+) -> Any:
     """The step of a leaf tile by tile; of a leaf that is no larger than a tile, at once."""
     if u.size <= tile_size():
-        return xla.run(leaf, asks, u, *operands)
-    return per_shard(functools.partial(_run, leaf, asks), u, *operands)
+        return xla.run(leaf, asks, over, u, *operands)
+    return per_shard(functools.partial(_run, leaf, asks, over), over, u, *operands)
 
 
 def _run(
     leaf: Callable[..., Step],
     asks: Sequence[int],
+    over: int,
     u: jax.Array,
     g: jax.Array | None,
-    p: jax.Array | None,
+    p: Any,
     stored: Any,
     scalars: jax.Array,
     key: jax.Array | None,
@@ -54,15 +58,18 @@ def _run(
     """The step of what one device has of a leaf."""
     if shard.cut:
         return cut.run(leaf, u, g, p, stored, scalars, key, shard)
+    arrays = (u, g, p)
+    given = (arrays[over], stored)
     block = max([1, *(storage.block_of(x) for moments in stored for x in moments)])
     grid = _Grid.of(u.shape, block)
-    before = (u, stored)
+    before = _as_bits(given)
     means: list[Sequence[jax.Array]] = []
 
     def step(tile: _Tile, old: Any) -> Step:
-        u, stored = tile.read(old)
+        target, stored = _as_given(tile.read(old), given)
+        parts = [target if k == over else tile.read(x) for k, x in enumerate(arrays)]
         place = shard.place(*tile.rows_and_columns(), grid.lanes, grid.shape)
-        return leaf(u, *tile.read((g, p)), stored, scalars, key, place)
+        return leaf(*parts, stored, scalars, key, place)
 
     def add(tile: _Tile, sums: Any) -> Any:
         def new() -> Any:
@@ -74,13 +81,29 @@ def _run(
     def advance(tile: _Tile, old: Any) -> Any:
         def new() -> Any:
             known = iter(means)
-            return tile.owned(finish(step(tile, old), lambda _: next(known)), tile.read(old))
+            new = finish(step(tile, old), lambda _: next(known))
+            return tile.owned(_as_bits(new), tile.read(old))
 
         return tile.write(old, tile.bounded(new))
 
     for count in asks:  # each mean takes a pass of its own, in which nothing is written
         means.append(shard.mean(grid.loop(add, [jnp.zeros([], scalars.dtype)] * count)))
-    return grid.loop(advance, before)
+    return _as_given(grid.loop(advance, before), given)
+
+
+def _as_bits(tree: Any) -> Any:
+    def bits(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.int16) if x.dtype == jnp.bfloat16 else x
+
+    return jax.tree.map(bits, tree)
+
+
+def _as_given(tree: Any, like: Any) -> Any:
+    def given(x: jax.Array, as_given: jax.Array) -> jax.Array:
+        same = x.dtype == as_given.dtype
+        return x if same else jax.lax.bitcast_convert_type(x, as_given.dtype)
+
+    return jax.tree.map(given, tree, like)
 
 
 class _Grid(NamedTuple):

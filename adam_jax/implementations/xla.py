@@ -12,7 +12,9 @@ from adam_jax.implementations.steps import Step, finish
 from adam_jax.storage.noise import whole
 
 
-def run(leaf: Callable[..., Step], asks: Sequence[int], u: jax.Array, *operands: Any) -> Any:
+def run(
+    leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
+) -> Any:
     """The step of the whole leaf at once."""
-    del asks
+    del asks, over
     return finish(leaf(u, *operands, whole(u.shape)), lambda xs: [jnp.mean(x) for x in xs])

@@ -72,7 +72,8 @@ def _no_derivative(code: Code, block: int, share: Any, primals: Any, tangents: A
 
 def one_leaf(codes: Any, scales: Any) -> Any:
     """One leaf of a moment in `Blocks`: codes with their scales, or its values if it is uncoded."""
-    return Blocks(codes, scales) if getattr(codes, "dtype", None) in CODES else codes
+    coded = scales is not None and getattr(codes, "dtype", None) in CODES
+    return Blocks(codes, scales) if coded else codes
 
 
 def leaves(moment: Any) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def start(
         return jnp.full_like(leaf, jnp.asarray(value).astype(kept), dtype=kept)
 
     def scales(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        leaf = _plain(leaf)
+        leaf = plain(leaf)
         kept = format(path, leaf)
         if isinstance(kept, Code):
             size = jnp.abs(jnp.asarray(value, jnp.float32))
@@ -151,7 +152,7 @@ def start(
     if not _in_blocks(storage, name, tree):
         return tree
     # a scales leaf must not inherit the metadata of an NNX Variable: its sharding may not fit
-    return Blocks(tree, jax.tree_util.tree_map_with_path(scales, params, is_leaf=_is_variable))
+    return Blocks(tree, jax.tree_util.tree_map_with_path(scales, params, is_leaf=is_variable))
 
 
 def _laid_out(scales: jax.Array, leaf: Any) -> jax.Array:
@@ -170,9 +171,11 @@ def _in_blocks(storage: Storage, name: str, codes: Any) -> bool:
     return is_format(storage.get(name) if isinstance(storage, Mapping) else storage)
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
+    """Whether this is a Variable of Flax NNX, whose metadata what is made from it inherits."""
     return hasattr(x, "get_metadata")
 
 
-def _plain(leaf: Any) -> Any:
-    return jax.tree.leaves(leaf)[0] if _is_variable(leaf) else leaf
+def plain(leaf: Any) -> Any:
+    """The array in a Variable; any other leaf as it is."""
+    return jax.tree.leaves(leaf)[0] if is_variable(leaf) else leaf
