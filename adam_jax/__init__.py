@@ -1,6 +1,6 @@
 """The Adam family for JAX: Optax transformations, each written once, as its paper has it."""
 
-from adam_jax import interop, rules, schedules, storage
+from adam_jax import diagnostics, interop, rules, schedules, storage
 from adam_jax.applying import apply
 from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
 from adam_jax.catalogue import catalogue
@@ -84,6 +84,7 @@ __all__ = [
     "compare",
     "convert_state",
     "debias",
+    "diagnostics",
     "ema",
     "from_rule",
     "get_hyperparams",

@@ -1,4 +1,4 @@
-"""The command line, `python -m adam_jax`: list the family, compare some of it, train a network."""
+"""The command line, `python -m adam_jax`: list the family, compare some, train, plan memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
 
 from adam_jax import tasks
 from adam_jax.catalogue import constructors, markdown, table
 from adam_jax.compare import compare
+from adam_jax.low_precision import master_weights
+from adam_jax.optimizers import adamw
+from adam_jax.report import memory_report
 from adam_jax.transformation import Transformation
 
 
@@ -32,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_list(commands.add_parser("list", help="show the optimizers that there are"))
     add_compare(commands.add_parser("compare", help="train with several of them on a small task"))
     add_train(commands.add_parser("train", help="train a small Flax classifier on digits"))
+    add_memory(commands.add_parser("memory", help="show what AdamW keeps in memory, by format"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the formulas are not ASCII
     args = parser.parse_args(argv)
@@ -92,6 +99,58 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, ">= 0", lambda n: n >= 0), default=0, metavar="N")
     add("--plot", type=picture, default="adam_jax_train.png", metavar="PATH", help="the picture")
     parser.set_defaults(run=train, parser=parser)
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `memory`."""
+    parser.description = (
+        "Shows the bytes of parameters, gradients and AdamW's state in each format. Activations "
+        "and temporaries come on top. For your own model: adam_jax.memory_report(tx, params)."
+    )
+    at_least_one = number(float, ">= 1", lambda x: 1 <= x < math.inf)
+    add = parser.add_argument
+    add("--params", type=at_least_one, required=True, metavar="N", help="how many, such as 7e9")
+    devices = number(int, ">= 1", lambda n: n >= 1)
+    add("--devices", type=devices, default=1, metavar="N", help="over which ZeRO-1 spreads state")
+    parser.set_defaults(run=lambda args: print(memory_table(int(args.params), args.devices)))
+
+
+MODES = {
+    "float32 AdamW": ("float32", lambda: adamw(1e-3)),
+    "bfloat16 state": ("float32", lambda: adamw(1e-3, storage="bfloat16")),
+    "int8 state": ("float32", lambda: adamw(1e-3, storage="int8")),
+    "bfloat16 parameters, master_weights(bits=32)": (
+        "bfloat16",
+        lambda: master_weights(adamw(1e-3), bits=32),
+    ),
+    "bfloat16 parameters, master_weights(bits=24), int8": (
+        "bfloat16",
+        lambda: master_weights(adamw(1e-3, storage="int8"), bits=24),
+    ),
+}
+"""The parameters' dtype, and the optimizer."""
+
+
+def memory_table(count: int, devices: int) -> str:
+    """What AdamW with so many parameters keeps in memory in each mode, as text.
+
+    Bytes of the state are those of one matrix: small leaves, which stay uncoded, are left out.
+    """
+    width = 4096
+    heading = ["", "bytes/parameter", "total, GB", *(["GB per device"] if devices > 1 else [])]
+    rows = [heading]
+    for mode, (dtype, make) in MODES.items():
+        params: Any = jax.ShapeDtypeStruct((-(-count // width), width), jnp.dtype(dtype))
+        report = memory_report(make(), params)
+        state = report.state_bytes / report.parameters
+        other = report.total_bytes / report.parameters - state
+        sizes = [count * (other + state), count * (other + state / devices)]
+        cells = [f"{size / 1e9:,.1f}" for size in sizes[: len(heading) - 2]]
+        rows.append([mode, f"{other + state:.2f}", *cells])
+    first = max(len(row[0]) for row in rows)
+    lines = [f"{row[0]:<{first}}" + "".join(f"{cell:>17}" for cell in row[1:]) for row in rows]
+    spread = f", state spread over {devices} devices (ZeRO-1)" if devices > 1 else ""
+    return "\n".join([f"{count:,} parameters, their gradients and AdamW{spread}", "", *lines])
 
 
 def trainable() -> dict[str, Callable[..., Transformation]]:

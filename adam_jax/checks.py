@@ -503,3 +503,14 @@ def mesh_axis(caller: str, mesh: Any, axis: str) -> None:
             f"{caller}: axis must be one of the mesh's, {', '.join(map(repr, mesh.shape))}, "
             f"got {axis!r}"
         )
+
+
+@contextlib.contextmanager
+def needing_extra(what: str) -> Iterator[None]:
+    """A missing package is called by its name, with the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{what} needs {error.name}: pip install "adam_jax[demo]"', name=error.name
+        ) from None

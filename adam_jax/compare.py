@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adam_jax import checks
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -26,6 +28,12 @@ CHUNKS = 20  # in which a run is cut, so that the bar moves and the step time ha
 # disappears on white. Dashes carry on where the colours end.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
+
+
+def looks() -> Iterator[dict[str, Any]]:
+    """How to draw one line after the other."""
+    each = ({"color": c, "ls": d} for d, c in itertools.product(DASHES, COLOURS))
+    return itertools.cycle(each)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +120,13 @@ class Comparison:
         Raises:
           ModuleNotFoundError: Matplotlib is missing.
         """
-        with _extra("plot"):
+        with checks.needing_extra("compare: plot"):
             from matplotlib import style
             from matplotlib.figure import Figure
         with style.context("default"):
             figure = Figure(figsize=(11, 4.5), layout="constrained", facecolor="white")
             left, right = figure.subplots(1, 2)
-            looks = [{"color": c, "ls": d} for d, c in itertools.product(DASHES, COLOURS)]
-            for name, look in zip(self.losses, itertools.cycle(looks)):
+            for name, look in zip(self.losses, looks(), strict=False):
                 self._draw_rates(left, name, look)
                 self._draw_curve(right, name, look)
             self._finish(left, right)
@@ -453,7 +460,7 @@ def _bar(name: str, steps: int, progress: bool) -> Iterator[Callable[[int, np.nd
     if not progress:
         yield lambda count, losses: None
         return
-    with _extra("the progress bar (unless progress=False)"):
+    with checks.needing_extra("compare: the progress bar (unless progress=False)"):
         from tqdm import tqdm
     with tqdm(total=steps, desc=name, unit="step") as bar:
 
@@ -463,17 +470,6 @@ def _bar(name: str, steps: int, progress: bool) -> Iterator[Callable[[int, np.nd
             bar.update(count)
 
         yield advance
-
-
-@contextlib.contextmanager
-def _extra(what: str) -> Iterator[None]:
-    """A missing package is called by its name, with the command that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'compare: {what} needs {error.name}: pip install "adam_jax[demo]"', name=error.name
-        ) from None
 
 
 def _deviation(final: np.ndarray) -> np.ndarray:

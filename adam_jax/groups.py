@@ -69,7 +69,7 @@ def groups(
         return partitioned.init(params)
 
     text = f"groups({', '.join(f'{p!r}: {told(tx)}' for p, tx in parts.items())})"
-    return Transformation(init, partitioned.update).made_of((), text)
+    return Transformation(init, partitioned.update).made_of(parts, text)
 
 
 def _optimizer(

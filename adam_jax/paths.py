@@ -50,7 +50,7 @@ def not_matching(*patterns: str) -> Callable[[Any], Any]:
 
 
 def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[Any], Any]:
-    search = _search(patterns)
+    found = search(caller, *patterns)
 
     def mask(tree: Any) -> Any:
         if hasattr(tree, "dtype") and jnp.issubdtype(tree.dtype, jnp.integer):
@@ -60,21 +60,22 @@ def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[
                 f"schedule"
             )
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: search(path_string(path)) is wanted, tree
+            lambda path, _: found(path_string(path)) is wanted, tree
         )
 
     mask.__name__ = f"{caller}({', '.join(map(repr, patterns))})"  # which a repr shows
     return mask
 
 
-def _search(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+def search(caller: str, *patterns: str) -> Callable[[str], bool]:
+    """Whether a path contains a match of any pattern; errors carry the caller's name."""
     compiled = []
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"matching: {pattern!r} is not a regular expression ({error}); pass patterns as "
+                f"{caller}: {pattern!r} is not a regular expression ({error}); pass patterns as "
                 f"separate strings, and escape special characters with re.escape"
             ) from None
     return lambda path: any(p.search(path) is not None for p in compiled)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from adam_jax import storage
 from adam_jax.low_precision import MasterWeightsState
-from adam_jax.states import moment_fields, named_tuples
+from adam_jax.sharding import state_sharding
+from adam_jax.states import named_tuples, stored_moments
 
 
 class Row(NamedTuple):
@@ -23,6 +25,8 @@ class Row(NamedTuple):
     part: str
     kept_in: str
     bytes: int
+    per_device: int
+    """What the device that holds most of it holds; all of it where nothing is sharded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +54,28 @@ class MemoryReport:
         """Of parameters, gradients and state together."""
         return sum(row.bytes for row in self.rows)
 
+    @property
+    def bytes_per_device(self) -> int:
+        """The same on one device."""
+        return sum(row.per_device for row in self.rows)
+
     def __str__(self) -> str:
         count = max(self.parameters, 1)
-        rows = [*self.rows, Row("total", "", self.total_bytes)]
+        rows = [*self.rows, Row("total", "", self.total_bytes, self.bytes_per_device)]
+        spread = self.bytes_per_device < self.total_bytes
         lines = [f"{'part':<12} {'kept in':<20} {'MB':>12} {'bytes/parameter':>16}"]
         lines += [
             f"{r.part:<12} {r.kept_in:<20} {r.bytes / 1e6:>12,.3f} {r.bytes / count:>16.3f}"
             for r in rows
         ]
-        lines.append(f"float32 parameters, gradients and AdamW: {16 * count / 1e6:,.3f} MB")
+        if spread:
+            on_device = ["MB per device", *(f"{r.per_device / 1e6:,.3f}" for r in rows)]
+            lines = [f"{x} {y:>14}" for x, y in zip(lines, on_device, strict=True)]
+        float32 = 16 * count
+        lines.append(
+            f"float32 parameters, gradients and AdamW: {float32 / 1e6:,.3f} MB; "
+            f"this is {self.total_bytes / float32:.0%} of it"
+        )
         if self.uncoded:
             lines.append("{} of {} leaves kept float32".format(*self.uncoded))
         return "\n".join(lines)
@@ -71,10 +88,12 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
 
     Args:
       tx: an Optax transformation, ours or another.
-      params: arrays or `jax.ShapeDtypeStruct`s. Gradients are taken to have their dtypes.
+      params: arrays or `jax.ShapeDtypeStruct`s. Gradients are taken to have their dtypes and
+        shardings, and the state to lie as `state_sharding` says.
 
     Returns:
-      a `MemoryReport`: `.state_bytes`, `.total_bytes`, `.rows`; it prints as a table.
+      a `MemoryReport`: `.state_bytes`, `.total_bytes`, `.bytes_per_device`, `.rows`; it prints as a
+      table, with a column per device where parameters are sharded.
 
     >>> import adam_jax, jax, jax.numpy as jnp
     >>> params = {"w": jax.ShapeDtypeStruct((50257, 768), jnp.float32)}
@@ -82,30 +101,27 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
     >>> round(report.state_bytes / report.parameters, 2)
     2.06
     """
-    state = jax.eval_shape(tx.init, params)
-    kept = list(_moments(state))
-    of_moments = [Row(name, _formats(m), _bytes(m)) for name, m in kept]
+    state = jax.eval_shape(tx.init, jax.tree.map(_shape, params))
+    if any(map(_is_sharded, jax.tree.leaves(params))):
+        state = jax.tree.map(_laid_out, state, state_sharding(tx, params))
+    kept = list(stored_moments(state))
+    of_moments = [Row(name, _formats(m), *_bytes(m)) for name, m in kept]
     coded = [
         (sum(not storage.is_coded(x) for x in leaves), len(leaves))
         for leaves in (storage.leaves(m).values() for _, m in kept if isinstance(m, storage.Blocks))
     ]
     below = [s.rest for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
-    of_state = of_moments + [Row("bits below", _formats(tree), _bytes(tree)) for tree in below]
-    rest = _bytes(state) - sum(row.bytes for row in of_state)
+    of_state = of_moments + [Row("bits below", _formats(tree), *_bytes(tree)) for tree in below]
+    whole, local = _bytes(state)
+    rest = whole - sum(r.bytes for r in of_state), local - sum(r.per_device for r in of_state)
     rows = [
-        Row("parameters", _formats(params), _bytes(params)),
-        Row("gradients", _formats(params), _bytes(params)),
+        Row("parameters", _formats(params), *_bytes(params)),
+        Row("gradients", _formats(params), *_bytes(params)),
         *of_state,
-        Row("other state", "", rest),
+        Row("other state", "", *rest),
     ]
     count = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
     return MemoryReport(rows, count, max(coded, default=None))
-
-
-def _moments(state: Any) -> Iterable[tuple[str, Any]]:
-    for _, s in named_tuples(state):
-        for name in moment_fields(s):
-            yield name, getattr(s, name)
 
 
 def _formats(tree: Any) -> str:
@@ -115,5 +131,26 @@ def _formats(tree: Any) -> str:
     return ", ".join(sorted(dtypes, key=len))
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
+def _bytes(tree: Any) -> tuple[int, int]:
+    """Those of all leaves, and those of their largest shards."""
+    leaves = [(x, jnp.shape(x), jnp.result_type(x).itemsize) for x in jax.tree.leaves(tree)]
+    return (
+        sum(math.prod(shape) * size for _, shape, size in leaves),
+        sum(math.prod(_shard_shape(x, shape)) * size for x, shape, size in leaves),
+    )
+
+
+def _shard_shape(x: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return x.sharding.shard_shape(shape) if _is_sharded(x) else shape
+
+
+def _is_sharded(x: Any) -> bool:
+    return isinstance(getattr(x, "sharding", None), NamedSharding)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def _laid_out(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

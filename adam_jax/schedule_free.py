@@ -70,7 +70,7 @@ def schedule_free_adamw(
     scheduled = warmup_steps is not None or callable(learning_rate)
     rate_state = optax.ScaleByScheduleState if scheduled else None
 
-    def links(rate: chex.Numeric, share: chex.Numeric) -> Sequence[Link]:
+    def links(rate: optax.ScalarOrSchedule, share: chex.Numeric) -> Sequence[Link]:
         squares = {"decay": b2, "eps": eps, "eps_in_sqrt": False, "bias_correction": True}
         return (
             link(rules.rms, squares, formats=formats, state=RmsCounted),
@@ -79,12 +79,21 @@ def schedule_free_adamw(
             link(rules.schedule_free, {"b1": b1, "share": share}, formats=of_z, state=_Iterate),
         )
 
-    def chain(rate: chex.Numeric, share: chex.Numeric) -> Transformation:
+    def chain(rate: optax.ScalarOrSchedule, share: chex.Numeric) -> Transformation:
         return lift(links(rate, share), implementation, "schedule_free_adamw", bare=False)
 
     checks.not_a_schedule("b1", b1)
     checks.at_least(0, "warmup_steps", warmup_steps)
-    checked = chain(0.0, 0.0)  # so that bad arguments raise here
+
+    def warmed_up(count: Any, dtype: Any = jnp.float32) -> jax.Array:
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        rise = 1.0
+        if warmup_steps is not None:
+            rise = jnp.minimum((count + 1).astype(dtype) / max(warmup_steps, 1), 1)
+        return jnp.asarray(rate, dtype) * rise
+
+    # so that bad arguments raise here, and the learning rate can be found
+    checked = chain(warmed_up if scheduled else learning_rate, 0.0)
 
     def init(params: optax.Params) -> Any:
         states: Any = chain(0.0, 0.0).init(params)
@@ -110,11 +119,7 @@ def schedule_free_adamw(
     ) -> tuple[Any, Any]:
         del extra
         dtype = arithmetic_dtype(state.weight_sum.dtype)
-        step = state.step_count.astype(dtype)
-        rate = learning_rate(state.step_count - 1) if callable(learning_rate) else learning_rate
-        rate = jnp.asarray(rate, dtype)
-        if warmup_steps is not None:
-            rate = rate * jnp.minimum(step / jnp.maximum(warmup_steps, 1), 1)
+        rate = warmed_up(state.step_count - 1, dtype)
         max_lr = jnp.maximum(state.max_lr.astype(dtype), rate)
         weight = jnp.asarray(max_lr**weight_lr_power)
         weight_sum = state.weight_sum.astype(dtype) + weight

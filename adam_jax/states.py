@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import chex
@@ -155,6 +155,13 @@ def named_tuples(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
 
     jax.tree_util.tree_flatten_with_path(state, is_leaf=visit, is_leaf_takes_path=True)
     return found
+
+
+def stored_moments(state: Any) -> Iterator[tuple[str, Any]]:
+    """The name of every moment in a state with what is stored of it."""
+    for _, s in named_tuples(state):
+        for name in moment_fields(s):
+            yield name, getattr(s, name)
 
 
 def _read(moment: Any) -> Any:

@@ -19,7 +19,7 @@ P = ParamSpec("P")
 class Transformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation that remembers what it was made of, for `repr` and for wrappers."""
 
-    source: Any = None
+    source: Any = None  # a Chain of links, a tuple of transformations, or groups of them by label
     text: str = ""
     applies: bool = False
     """Whether update takes `apply=True`, for the new parameters, and parameters that are Narrow."""
@@ -66,11 +66,20 @@ def told(tx: optax.GradientTransformation) -> str:
 
 def parts(tx: Any) -> Iterator[Any]:
     """The engine's links inside a transformation, as far as it can be looked into."""
-    if isinstance(tx, Transformation) and isinstance(tx.source, tuple):
-        for inner in tx.source:
-            yield from parts(inner)
-    elif isinstance(tx, Transformation):
-        yield from tx.source.links
+    return (link for _, link in labelled_parts(tx))
+
+
+def labelled_parts(tx: Any, label: str = "") -> Iterator[tuple[str, Any]]:
+    """The same links, each with the label of the parameter group that it is for."""
+    source = getattr(tx, "source", None)
+    if isinstance(source, Mapping):
+        for name, inner in source.items():
+            yield from labelled_parts(inner, name)
+    elif isinstance(source, tuple):
+        for inner in source:
+            yield from labelled_parts(inner, label)
+    elif source is not None:
+        yield from ((label, link) for link in source.links)
 
 
 def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation]:

@@ -22,11 +22,13 @@ PEERS = ("flashoptim-jax", "torchao", "torch")  # named where they are installed
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """The median of each run's own measure, all runs taking turns so that noise is shared."""
-    figures = {name: [] for name in runs}
-    for _ in tqdm(range(rounds), leave=False):
-        for name, run in runs.items():
-            figures[name].append(run())
-    return {name: float(np.median(values)) for name, values in figures.items()}
+    return {name: float(np.median(values)) for name, values in turns(runs, rounds).items()}
+
+
+def turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+    """Each run's own measure in every round, in which all take a turn."""
+    figures = [[run() for run in runs.values()] for _ in tqdm(range(rounds), leave=False)]
+    return dict(zip(runs, np.transpose(figures), strict=True))
 
 
 def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:

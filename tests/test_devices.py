@@ -191,3 +191,19 @@ def test_data_parallel_by_hand(way):
     for _ in range(3):
         expected = jax.jit(step_of(tx))(*expected, mean)
     chex.assert_trees_all_close((params, state), expected, rtol=1e-5, atol=1e-6)
+
+
+@every_mode
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_memory_report_says_what_each_device_holds(axis_type, storage):
+    mesh = make_mesh(axis_type)
+    w = jax.device_put(jnp.ones((512, 256)), NamedSharding(mesh, P("data", "model")))
+    params = {"w": w, "b": jax.device_put(jnp.ones(300), NamedSharding(mesh, P()))}
+    tx = adam_jax.adamw(1e-3, storage=storage)
+    report = adam_jax.memory_report(tx, params)
+    with jax.set_mesh(mesh):
+        init = jax.jit(tx.init, out_shardings=adam_jax.state_sharding(tx, params))
+        kept = jax.tree.leaves((params, params, init(params)))
+    assert report.total_bytes == sum(x.nbytes for x in kept)
+    assert report.bytes_per_device == sum(x.addressable_shards[0].data.nbytes for x in kept)
+    assert "MB per device" in str(report)

@@ -76,6 +76,29 @@ def test_the_losses_overlap():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
+def test_memory(capsys):
+    """7 billion parameters: 16 bytes each in float32; with 8 devices, an eighth of the state."""
+    main(["memory", "--params", "7e9", "--devices", "8"])
+    title, _, heading, *rows = capsys.readouterr().out.splitlines()
+    assert title == "7,000,000,000 parameters, their gradients and AdamW, state spread over " + (
+        "8 devices (ZeRO-1)"
+    )
+    figures = [re.findall(r" ([\d.]+)(?= |$)", row)[-3:] for row in rows]
+    assert heading.split() == ["bytes/parameter", "total,", "GB", "GB", "per", "device"]
+    assert figures == [
+        ["16.00", "112.0", "63.0"],
+        ["12.00", "84.0", "59.5"],
+        ["10.06", "70.4", "57.8"],
+        ["14.00", "98.0", "36.8"],
+        ["7.06", "49.4", "30.7"],
+    ]
+    main(["memory", "--params", "1e6"])
+    assert "per device" not in capsys.readouterr().out
+    assert complaint(capsys, "memory", "--params", "many").endswith(
+        "--params: must be a number >= 1, got many\n"
+    )
+
+
 def test_unknown_optimizer(capsys):
     err = complaint(capsys, "train", "--optimizer", "foo")
     assert "got foo" in err
