@@ -57,6 +57,28 @@ def test_each_device_holds_an_eighth_of_the_state(storage, dtype):
     assert sum(jax.tree.leaves(jax.tree.map(here, state, shardings))) <= total / 8 + 0.02 * total
 
 
+def test_what_stays_whole_on_each_device_is_said():
+    mesh = make_mesh()
+    params = {"thin": jnp.ones((1001, 768)), "odd": jnp.ones((7, 9))}
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    tx = adam_jax.zero1(adam_jax.adamw(1e-3, storage="int8"), mesh)
+    report = adam_jax.memory_report(tx, params)
+    held = {path: x.addressable_shards[0].data.nbytes for path, x in leaves_of(tx.init(params))}
+    assert sum(row.per_device for row in report.rows[2:]) == sum(held.values())
+    scales = "0/mu/scales/thin"  # 6 a row
+    assert dict(report.whole)[scales] == held[scales] == 1001 * 6 * 4
+    assert {"0/mu/codes/odd", "0/count"} <= set(dict(report.whole))
+    assert "0/mu/codes/thin" not in dict(report.whole)
+    assert f"(largest: {scales}, " in str(report)
+
+
+def leaves_of(tree):
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
 # The same steps
 
 LAYOUTS = {
