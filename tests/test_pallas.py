@@ -164,6 +164,35 @@ def test_narrow_parameters_and_gradients(dtype):
     chex.assert_trees_all_equal(*(trajectory(tx, params) for tx in txs))
 
 
+NARROW = {
+    "plain": lambda tx: tx,
+    "master_weights": functools.partial(adam_jax.master_weights, bits=24),
+    "stochastic_rounding": adam_jax.stochastic_rounding,
+}
+
+
+@pytest.mark.parametrize("wrapper", NARROW)
+def test_parameters_are_stepped_in_place(wrapper):
+    """`apply`: the kernel writes over the parameter and what is kept of its bits."""
+    params = {"int8": leaves()["int8"].astype(jnp.bfloat16)}
+
+    def make(implementation):
+        tx = adam_jax.adamw(1e-3, storage=by_path, implementation=implementation)
+        return NARROW[wrapper](tx)
+
+    def steps(tx):
+        return jax.jit(functools.partial(adam_jax.apply, tx), compiler_options=QUICKLY)
+
+    kernel, xla = make("pallas"), make("xla")
+    chex.assert_trees_all_equal(*(trajectory(tx, params, steps(tx)) for tx in (kernel, xla)))
+    state = kernel.init(params)
+    for platform, call in CALL.items():
+        with there:
+            step = steps(kernel).trace(params, state, params)
+            program = step.lower(lowering_platforms=(platform,)).as_text()
+        assert program.count(call) == 1
+
+
 # Transformations
 
 
