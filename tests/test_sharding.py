@@ -146,6 +146,32 @@ def test_twenty_steps_are_those_of_one_device(name, layout):
             assert np.mean(np.asarray(ours) != theirs) <= 1e-3
 
 
+@pytest.mark.parametrize("outside", ["alone", "MultiSteps", "apply_if_finite"])
+def test_zero1_around_optax_and_inside_of_it(outside):
+    mesh = make_mesh()
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2, weight_decay=0.1))
+    around = {
+        "alone": lambda tx: tx,
+        "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+        "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    }[outside]
+    start, *grads = ({"w": arrays(seed, "fsdp")["float32"]["small"]} for seed in range(4))
+    put = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
+
+    def run(tx, params, grads):
+        step, state = jax.jit(step_of(tx)), tx.init(params)
+        for t in range(4):
+            params, state = step(params, state, grads[t % 3])
+        return params, state
+
+    expected, _ = run(around(inner), start, grads)
+    tx = around(adam_jax.zero1(inner, mesh))
+    params, state = run(tx, put(start), list(map(put, grads)))
+    np.testing.assert_allclose(params["w"], expected["w"], rtol=1e-6, atol=1e-7)
+    mu = optax.tree_utils.tree_get(state, "mu")["w"]
+    assert mu.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
+
+
 # What is sent
 
 SENT = re.compile(r"= (.*) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
