@@ -123,7 +123,7 @@ def largest(line):
 # Shapes
 
 
-SHAPES = [(1,), (129,), (33, 96), (700, 3), (500, 300), (3, 40_000), (3, 3, 64, 64)]
+SHAPES = [(1,), (129,), (33, 96), (700, 3), (500, 300), (2, 16_500), (3, 3, 64, 64)]
 
 
 @pytest.fixture(params=["triton", "mosaic"])
@@ -342,7 +342,7 @@ def test_auto_takes_a_kernel_for_coded_state():
         tx = adam_jax.adamw(1e-3, storage=by_path)
         assert (kernels(tx, {name: params[name]}) > 0) == (name == "int8")
     both = [adam_jax.adamw(1e-3, storage=by_path, implementation=i) for i in ("auto", "xla")]
-    assert_same(*(trajectory(tx, params) for tx in both))
+    assert_same(*(trajectory(tx, {"int8": params["int8"]}) for tx in both))
 
 
 @adam_jax.rule(mu=adam_jax.signed)

@@ -114,6 +114,16 @@ def test_streaming_uncoded_state():
     chex.assert_trees_all_close(stream, xla, rtol=1e-5, atol=1e-7)
 
 
+def test_mars_is_clipped_by_the_norm_of_the_leaf():
+    """Not of a tile: what a rule is given may be a part of the leaf."""
+    params = jax.random.normal(jax.random.key(0), (301, 1024))
+    stream, xla = (
+        trajectory(adam_jax.mars(adam_jax.scale_by_adam(), implementation=i), params)[1]
+        for i in ("stream", "xla")
+    )
+    chex.assert_trees_all_close(stream[1].mu, xla[1].mu, rtol=1e-4, atol=1e-8)
+
+
 def test_a_population_is_its_members():
     members = jax.random.normal(jax.random.key(0), (2, 301, 1024))
     rates = jnp.array([1e-3, 2e-3])
