@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 # What the engine hands to a rule that asks for it by name, beside the hyperparameters.
-INPUTS = ("t", "g", "p")
+INPUTS = ("t", "g", "p", "size")
 
 
 class Moment(NamedTuple):
@@ -68,7 +68,8 @@ def rule(
 
     The decorated function takes the gradient, then its moments in the declared order, then by
     keyword what it needs of: `t`, the step counted from 1; `p`, the parameter; `g`, the gradient
-    (for a rule whose first argument is another rule's direction); and its hyperparameters. A
+    (for a rule whose first argument is another rule's direction); `size`, how many elements the
+    leaf has (an array that a rule is given may be a part of it); and its hyperparameters. A
     hyperparameter named b1, b2, … is a decay rate, checked to be in [0, 1); eps must be ≥ 0. One
     whose default is a bool, a string or a function is an option, fixed when the optimizer is made.
     It returns the direction (what the learning rate multiplies and the parameter loses) and the new

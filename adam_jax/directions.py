@@ -32,7 +32,7 @@ def scale_by_rule(
         moments to these, or a function (path, leaf) of these. By default a moment has its
         parameter's dtype (float32 for float16 parameters); bfloat16 and int8 are rounded
         stochastically, and leaves under 4096 elements stay float32 where a name asks for int8.
-      implementation: how a leaf's step is executed: "xla", "stream" or "auto".
+      implementation: how a leaf's step is executed: "xla", "stream", "pallas" or "auto".
       **hyperparams: the rule's, each a number, a scalar array or a schedule of the step count;
         those with a default may be left out.
 

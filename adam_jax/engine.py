@@ -335,7 +335,7 @@ def run_leaf(u, g, p, stored, scalars, key, *, settings):
     """
     stages, layout, run, lands = settings
     asks = [stage[0].averages for stage in stages if stage and stage[0].factor]
-    step = functools.partial(leaf, stages, layout, lands)
+    step = functools.partial(leaf, stages, layout, lands, float(np.size(u)))
     return run(step, asks, 2 if lands else 0, u, g, p, stored, scalars, key)
 
 
@@ -343,6 +343,7 @@ def leaf(
     stages: Stages,
     layout: Any,
     lands: bool,
+    size: float,
     u: jax.Array,
     g: jax.Array | None,
     p: Any,
@@ -356,7 +357,7 @@ def leaf(
 
     It returns the update, or with `lands` the new parameter, and what is stored. A generator: what
     has to be averaged over the whole leaf it yields, and is sent the means.
-    `share` makes the largest of blocks of which this is a part the largest of whole blocks.
+    `share` finds the largest of each block where this is only a part of them.
     """
     dtype = arithmetic_dtype(*storage.dtypes((u, g, p, stored)))
     real = jnp.finfo(dtype).dtype
@@ -367,7 +368,7 @@ def leaf(
     kept, p = p, None if p is None else parameters.read(p, dtype)
     written = []
     for ((rule, options), (t, hyper)), moments in zip(active, stored, strict=True):
-        given = {"t": t, "g": g, "p": p}
+        given = {"t": t, "g": g, "p": p, "size": size}
         inputs = {name: given[name] for name in rule.inputs}
         decoded = [
             storage.decode(x, dtype if moment.signed else real)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_jax import checks, storage
+from adam_jax import checks, parameters, storage
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.paths import path_string
 from adam_jax.states import moment_fields, named_tuples
@@ -237,6 +237,8 @@ def _moment(name: str, given: Any, mine: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _recode(name: str, x: Any, like: Any) -> Any:
+    if isinstance(like, jax.Array) and jnp.issubdtype(like.dtype, jnp.integer):
+        return parameters.rest_as(x, like.dtype)
     dtype = arithmetic_dtype(*storage.dtypes((x, like)))
     return storage.encode(name, storage.decode(x, dtype), like, None)
 

@@ -68,7 +68,7 @@ def read(p: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The parameter in the dtype of the arithmetic, with all its bits."""
     if not is_narrow(p) or p.rest is None:
         return value(p).astype(dtype)
-    low = p.rest.astype(jnp.int32) << _cut(p.rest)
+    low = p.rest.astype(jnp.int32) << _cut(p.rest.dtype)
     return _float(_bits(p.value.astype(jnp.float32)) + low).astype(dtype)
 
 
@@ -77,7 +77,7 @@ def land(p: Any, new: jax.Array, draws: jax.Array | None) -> Any:
     if not is_narrow(p):
         return new.astype(p.dtype)
     bits = _bits(jnp.where(jnp.abs(new) < TINY, 0, new))
-    cut = 16 if p.rest is None else _cut(p.rest)
+    cut = 16 if p.rest is None else _cut(p.rest.dtype)
     if draws is not None:  # up with the probability that makes it right on average
         below = (1 << cut) - 1
         drawn = (draws & jnp.uint32(below)).astype(jnp.int32)
@@ -97,17 +97,26 @@ def _rest(bits: jax.Array, landed: jax.Array, like: jax.Array) -> jax.Array:
     same_side = (bits ^ _bits(landed)) >= 0
     rest = jnp.where(same_side, bits - _bits(landed), ends.min)
     rest = jnp.where((landed == 0) | ~jnp.isfinite(landed), 0, jnp.clip(rest, ends.min, ends.max))
-    return (rest >> _cut(like)).astype(like.dtype)
+    return (rest >> _cut(like.dtype)).astype(like.dtype)
 
 
-def _cut(rest: jax.Array) -> int:
-    """How many of the 32 bits are not kept."""
-    return 16 - 8 * rest.dtype.itemsize
+def rest_as(rest: jax.Array, dtype: Any) -> jax.Array:
+    """What is kept below a parameter in another width, to the nearest that it reaches."""
+    bits = rest.astype(jnp.int32) << _cut(rest.dtype)
+    nearest = (bits + (1 << _cut(dtype) >> 1)) >> _cut(dtype)
+    return jnp.minimum(nearest, jnp.iinfo(dtype).max).astype(dtype)
+
+
+def _cut(dtype: Any) -> int:
+    """How many of the 16 bits below a parameter are not kept."""
+    return 16 - 8 * jnp.dtype(dtype).itemsize
 
 
 def _to_nearest_even(x: jax.Array) -> jax.Array:
     """x as it would come back from bfloat16; a pair of casts XLA may leave out."""
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    bits = _bits(x)
+    nearest = _float((bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF)
+    return jnp.where(jnp.isfinite(x), nearest, x)
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from adam_jax import storage
 from adam_jax.low_precision import MasterWeightsState
+from adam_jax.paths import path_string
 from adam_jax.sharding import state_sharding
 from adam_jax.states import named_tuples, stored_moments
 
@@ -38,11 +39,14 @@ class MemoryReport:
         the state, in bytes.
       parameters: how many numbers are trained.
       uncoded: how many leaves of a coded moment stay uncoded, and of how many; None without codes.
+      whole: the paths of leaves of the state that lie whole on each device, where others are
+        spread, with their bytes, the largest first.
     """
 
     rows: Sequence[Row]
     parameters: int
     uncoded: tuple[int, int] | None
+    whole: Sequence[tuple[str, int]]
 
     @property
     def state_bytes(self) -> int:
@@ -78,6 +82,12 @@ class MemoryReport:
         )
         if self.uncoded:
             lines.append("{} of {} leaves kept float32".format(*self.uncoded))
+        if self.whole:
+            size, most = sum(n for _, n in self.whole), ", ".join(p for p, _ in self.whole[:3])
+            lines.append(
+                f"whole on each device: {len(self.whole)} leaves of the state, "
+                f"{size / 1e6:,.3f} MB (largest: {most})"
+            )
         return "\n".join(lines)
 
 
@@ -121,7 +131,17 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
         Row("other state", "", *rest),
     ]
     count = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
-    return MemoryReport(rows, count, max(coded, default=None))
+    return MemoryReport(rows, count, max(coded, default=None), _whole(state))
+
+
+def _whole(state: Any) -> list[tuple[str, int]]:
+    """The paths and bytes of arrays that are not spread, where there are any that are."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    sizes = [(path_string(path), *_bytes(x)) for path, x in leaves]
+    if all(size == local for _, size, local in sizes):
+        return []
+    unspread = [(path, size) for path, size, local in sizes if size == local]
+    return sorted(unspread, key=lambda leaf: -leaf[1])
 
 
 def _formats(tree: Any) -> str:

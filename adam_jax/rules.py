@@ -345,13 +345,13 @@ def trust_ratio(u, *, p):
 
 
 @rule(g_prev=signed, factor=lambda sq: 1 / jnp.maximum(1, sqrt(sq)))
-def mars(g, g_prev, *, gamma, b1):
+def mars(g, g_prev, *, gamma, b1, size):
     """Yuan et al. (2024), MARS, Algorithm 2 (approximate): a variance-reduced gradient.
 
     Clipped to norm 1 per leaf. g_prev starts at 0, as in the authors' code.
     """
     c = g + gamma * b1 / (1 - b1) * (g - g_prev)
-    return (c, abs_sq(c) * c.size), g
+    return (c, abs_sq(c) * size), g
 
 
 @rule(z=signed)

@@ -57,8 +57,8 @@ def state_sharding(
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> params = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
     >>> specs = {"w": jax.sharding.PartitionSpec("data")}
-    >>> state_sharding(adam_jax.adamw(1e-3), params, specs, mesh)[0].mu["w"].spec
-    PartitionSpec('data', None)
+    >>> tuple(state_sharding(adam_jax.adamw(1e-3), params, specs, mesh)[0].mu["w"].spec)
+    ('data', None)
     """
     mesh = _mesh(params) if mesh is None else mesh
     if mesh is None:
@@ -122,10 +122,11 @@ def zero1(
     ...     {"w": jnp.ones((64, 128))}, jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
     ... )
     >>> tx = zero1(adam_jax.adamw(1e-3), mesh)
-    >>> tx.init(params)[0].mu["w"].sharding.spec
-    PartitionSpec('data', None)
+    >>> tuple(tx.init(params)[0].mu["w"].sharding.spec)
+    ('data', None)
     """
     checks.mesh_axis("zero1", mesh, axis)
+    specs = jax.tree.map(plain, specs, is_leaf=is_variable)
 
     def whole(params: Any) -> Any:
         """How parameters lie outside."""

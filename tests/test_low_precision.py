@@ -270,6 +270,22 @@ def test_apply_is_update_and_apply_updates(tx):
     chex.assert_trees_all_equal(here, there)
 
 
+def test_a_running_state_gets_masters_and_changes_their_width():
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 128)).astype(BFLOAT16)}
+    plain, wide, narrow = adam_jax.adamw(1e-3), adam_jax.master_weights(ADAMW), MASTERS(ADAMW)
+    _, running = plain.update(params, plain.init(params), params)
+    state = adam_jax.convert_state(running, wide, params)
+    assert adam_jax.step_count(state) == 1
+    updates, state = wide.update(params, state, params)
+    params = optax.apply_updates(params, updates)
+    exact = adam_jax.get_master_weights(params, state)
+    for tx, error in ((wide, 0), (narrow, 2.0**-15), (wide, 2.0**-15)):
+        state = adam_jax.convert_state(state, tx, params)
+        chex.assert_trees_all_close(
+            adam_jax.get_master_weights(params, state), exact, rtol=error, atol=0
+        )
+
+
 # Memory
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from adam_jax.implementations import stream, xla
+from adam_jax.implementations import auto, pallas, stream, xla
 from adam_jax.implementations.steps import Step
 
 __all__ = ["IMPLEMENTATIONS", "Step"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "auto": stream.where_coded,
+    "auto": auto.run,
     "xla": xla.run,
     "stream": stream.run,
+    "pallas": pallas.run,
 }
 """Each takes the step of one leaf and its operands and returns the step's result."""

@@ -17,6 +17,7 @@ from adam_jax import storage
 from adam_jax.implementations.shards import Shard
 from adam_jax.implementations.steps import Step, finish
 from adam_jax.storage import Blocks
+from adam_jax.storage.blocks import largest_of
 
 
 def run(
@@ -44,7 +45,8 @@ def run(
         empty = jnp.zeros((*largest.shape[:-1], -(-shard.whole[-1] // block)), largest.dtype)
         return jax.lax.pmax(empty.at[..., blocks(block)].max(largest), shard.cut)
 
-    def share(largest: jax.Array, block: int) -> jax.Array:
+    def share(sizes: jax.Array, block: int) -> jax.Array:
+        largest = largest_of(sizes, math.gcd(columns, block))
         return whole(largest, block)[..., blocks(block)]
 
     def narrow(x: Any) -> Any:

@@ -95,9 +95,12 @@ def per_shard(run: Callable[..., Any], over: int, *operands: Any) -> Any:
         out = whole(*arrays)
     elif AxisType.Explicit in kinds:
         part, inputs, outputs = split(sharding.mesh, sharding.spec)
-        mapped = jax.shard_map(part, in_specs=tuple(inputs), out_specs=outputs, check_vma=False)
+        mesh = sharding.mesh
+        mapped = jax.shard_map(
+            part, mesh=mesh, in_specs=tuple(inputs), out_specs=outputs, check_vma=False
+        )
         given = [
-            x if role == "leaf" else jax.reshard(x, spec)
+            x if role == "leaf" else jax.reshard(x, NamedSharding(mesh, spec))
             for x, role, spec in zip([*arrays, *indices], [*roles, *u.shape], inputs, strict=True)
         ]
         kept = jax.tree.leaves(replaced)  # whose types the results must have, for a scan
@@ -143,7 +146,7 @@ def _partitioned(
 
     @underived.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        raise checks.no_derivative("is streamed")
+        raise checks.no_derivative("is stepped in tiles")
 
     return underived
 

@@ -28,12 +28,6 @@ def tile_size() -> int:
     return 2**17 if jax.default_backend() == "cpu" else 2**23
 
 
-def where_coded(leaf: Callable[..., Step], asks: Sequence[int], over: int, *operands: Any) -> Any:
-    """Streams a leaf whose state is coded; XLA fuses the others well."""
-    coded = any(storage.is_coded(x) for moments in operands[3] for x in moments)
-    return (run if coded else xla.run)(leaf, asks, over, *operands)
-
-
 def run(
     leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
 ) -> Any:

@@ -5,7 +5,7 @@ itself: what is stored determines how it is read and written (`moments`), and up
 policy. A format is a dtype (`dense`), or codes with a scale per block (`blocks`, `int8`).
 """
 
-from adam_jax.storage.blocks import Blocks, Code
+from adam_jax.storage.blocks import Blocks, Code, size
 from adam_jax.storage.formats import CODES, FORMATS, Format, register
 from adam_jax.storage.moments import (
     block_of,
@@ -54,6 +54,7 @@ __all__ = [
     "one_leaf",
     "plain",
     "register",
+    "size",
     "split",
     "start",
     "uncoded",

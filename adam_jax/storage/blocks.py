@@ -75,12 +75,13 @@ def encode(
     block: int,
     share: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Blocks:
-    """x in codes, each block's largest magnitude exactly; an Inf or NaN makes its block NaN."""
+    """x in codes, each block's largest magnitude exactly; an Inf or NaN makes its block NaN.
+
+    `share` finds the largest of each block where x is only a part of them.
+    """
     n = x.shape[-1]
     sizes = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))  # compiled maxima may skip a NaN
-    filled = jnp.pad(sizes, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
-    largest = jnp.max(filled.reshape(*x.shape[:-1], -1, block), axis=-1)
-    largest = largest if share is None else share(largest)
+    largest = largest_of(sizes, block) if share is None else share(sizes)
     scales = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
     # a hair above 1, so that the largest reaches 1 in spite of rounding; in two factors, because
     # 1/scale leaves float32's range at both of its ends
@@ -93,7 +94,16 @@ def encode(
     return Blocks(code.encode(jnp.minimum(y, 1), draw), scales)
 
 
+def largest_of(sizes: jax.Array, block: int) -> jax.Array:
+    """The largest of each block of magnitudes."""
+    missing = -sizes.shape[-1] % block
+    if missing:
+        sizes = jnp.pad(sizes, [(0, 0)] * (sizes.ndim - 1) + [(0, missing)])
+    return jnp.max(sizes.reshape(*sizes.shape[:-1], -1, block), axis=-1)
+
+
 def _each(per_block: jax.Array, block: int, n: int) -> jax.Array:
     """A value for each element of (…, n) from one for each block."""
     spread = jnp.broadcast_to(per_block[..., None], (*per_block.shape, block))
-    return spread.reshape(*per_block.shape[:-1], -1)[..., :n]
+    spread = spread.reshape(*per_block.shape[:-1], -1)
+    return spread if spread.shape[-1] == n else spread[..., :n]

@@ -10,7 +10,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding
 
 from adam_jax import checks
 from adam_jax.declare import Moment
@@ -39,7 +40,7 @@ def encode(
 ) -> Any:
     """x as `stored` is stored; rounded to the nearest where there are no random bits.
 
-    `share` is for a part of a leaf: (largest of its blocks, block) → that of whole blocks.
+    `share` is for a part of a leaf: (its magnitudes, block) → the largest of each whole block.
     """
     bits = None if bits is None else vary(bits, name)
     if not isinstance(stored, Blocks):
@@ -156,11 +157,14 @@ def start(
 
 
 def _laid_out(scales: jax.Array, leaf: Any) -> jax.Array:
-    """Scales spread over explicit mesh axes as their leaf is, where the devices divide them."""
-    sharding = jax.typeof(leaf).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    """Scales spread as their leaf is, where that is known and the devices divide them."""
+    typed = jax.typeof(leaf).sharding
+    explicit = AxisType.Explicit in typed.mesh.axis_types
+    known = typed if explicit or isinstance(leaf, Tracer) else leaf.sharding
+    if not isinstance(known, NamedSharding) or not known.mesh.axis_names:
         return scales
-    return jax.reshard(scales, fitting(sharding.mesh, sharding.spec, scales.shape))
+    spread = NamedSharding(known.mesh, fitting(known.mesh, known.spec, scales.shape))
+    return jax.reshard(scales, spread) if explicit else jax.device_put(scales, spread)
 
 
 def _in_blocks(storage: Storage, name: str, codes: Any) -> bool:

@@ -1,0 +1,231 @@
+"""The time of a step on a GPU, beside Optax, PyTorch and the device's own copy.
+
+python -m benchmarks.gpu            # writes results/gpu.json; torch with CUDA joins if it is there
+python -m benchmarks.gpu --tiny     # all of it at a size for interpreted kernels; so on CPU always
+
+Three trees: one leaf, GPT-2 XL, many small leaves. "update" is update and apply_updates in one jit,
+as Flax calls them; "apply" is adam_jax.apply. Parameters and state are donated. What an optimizer
+has to move is every parameter and all state twice, every gradient once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import adam_jax
+from benchmarks import report
+
+ROUNDS = 15
+
+
+class Case(NamedTuple):
+    """An optimizer, and what it is given."""
+
+    make: Callable[[str], Any]
+    dtype: Any = jnp.float32
+    ways: tuple[str, ...] = ("update", "apply")
+    in_place: bool = False
+    """Whether the update is an array of its own, which then goes where the gradient was."""
+
+
+def _ours(name: str, storage: str, **settings: Any) -> Callable[[str], Any]:
+    make = getattr(adam_jax, name)
+    return lambda kind: make(1e-3, storage=storage, implementation=kind, **settings)
+
+
+def _masters(kind: str) -> Any:
+    return adam_jax.master_weights(_ours("adamw", "int8")(kind), bits=24)
+
+
+CASES = {
+    "optax.adamw": Case(lambda _: optax.adamw(1e-3), ways=("update",)),
+    "adamw float32": Case(_ours("adamw", "float32")),
+    "adamw bfloat16": Case(_ours("adamw", "bfloat16")),
+    "adamw int8": Case(_ours("adamw", "int8"), in_place=True),
+    "adamw int8, bf16 + master_weights(24)": Case(_masters, jnp.bfloat16),
+    "nadamw int8": Case(_ours("nadamw", "int8"), in_place=True),
+    "lion int8": Case(_ours("lion", "int8"), in_place=True),
+    "stable_adamw int8": Case(_ours("stable_adamw", "int8"), in_place=True),
+}
+
+
+def gpt2(layers: int, width: int, vocabulary: int, context: int) -> dict[str, Any]:
+    """The shapes of GPT-2's parameters."""
+    norm = {"scale": (width,), "bias": (width,)}
+
+    def linear(rows: int, columns: int) -> dict[str, Any]:
+        return {"kernel": (rows, columns), "bias": (columns,)}
+
+    layer = {
+        "ln_1": norm,
+        "ln_2": norm,
+        "c_attn": linear(width, 3 * width),
+        "attn_proj": linear(width, width),
+        "c_fc": linear(width, 4 * width),
+        "mlp_proj": linear(4 * width, width),
+    }
+    stack = {f"h{k}": layer for k in range(layers)}
+    return {"wte": (vocabulary, width), "wpe": (context, width), "ln_f": norm, **stack}
+
+
+TREES = {
+    "one leaf, 512M": {"w": (2**19, 1024)},
+    "GPT-2 XL, 1.6B": gpt2(48, 1600, 50257, 1024),
+    "2000 leaves, 16M": {f"w{k}": (64, 128) for k in range(2000)},
+}
+TINY = {
+    "one leaf": {"w": (48, 256)},
+    "GPT-2's shape": gpt2(1, 64, 257, 16),
+    "3 leaves": {f"w{k}": (64, 128) for k in range(3)},
+}
+
+
+def arrays(shapes: Any, dtype: Any) -> Any:
+    """Numbers between -1 and 1."""
+
+    def array(shape: tuple[int, ...]) -> jax.Array:
+        return jnp.sin(jnp.arange(np.prod(shape), dtype=jnp.float32)).astype(dtype).reshape(shape)
+
+    return jax.tree.map(array, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def bytes_of(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+class Run:
+    """An optimizer at work on a tree: each call makes a step and returns its seconds."""
+
+    def __init__(self, case: Case, way: str, shapes: Any, kind: str):
+        tx = case.make(kind)
+        self.params, self.grads = arrays(shapes, case.dtype), arrays(shapes, case.dtype)
+        self.state = tx.init(self.params)
+
+        def step(grads: Any, state: Any, params: Any) -> Any:
+            if way == "apply":
+                return (None, *adam_jax.apply(tx, grads, state, params)[::-1])
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            return updates if case.in_place else None, state, params
+
+        self.spends = case.in_place and way == "update"
+        donated = (0, 1, 2) if self.spends else (1, 2)
+        lowered = jax.jit(step, donate_argnums=donated).lower(self.grads, self.state, self.params)
+        self.step: Any = lowered.compile()
+        held = bytes_of((self.params, self.grads, self.state))
+        self.moved = 2 * held - bytes_of(self.grads)
+        memory = self.step.memory_analysis()
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        self.peak = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+        self.over = self.peak / held - 1
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        updates, self.state, self.params = self.step(self.grads, self.state, self.params)
+        jax.block_until_ready(self.params)
+        if self.spends:
+            self.grads = updates
+        return time.perf_counter() - start
+
+
+class TorchRun:
+    """torch.optim.AdamW(fused=True) at work on a tree."""
+
+    def __init__(self, shapes: Any):
+        import torch
+
+        self.torch = torch
+        torch.cuda.reset_peak_memory_stats()
+        sizes = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+        params = [torch.nn.Parameter(torch.ones(size, device="cuda")) for size in sizes]
+        for p in params:
+            p.grad = torch.full_like(p, 0.5)
+        self.optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
+        self.optimizer.step()
+        total = sum(p.numel() for p in params)
+        self.moved, self.peak, self.over = 28 * total, torch.cuda.max_memory_allocated(), None
+
+    def __call__(self) -> float:
+        self.torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.optimizer.step()
+        self.torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def copy_bandwidth(elements: int) -> float:
+    """Bytes read and written in a second by a copy in place."""
+    copy = jax.jit(lambda x: -x, donate_argnums=0)
+    x = copy(jnp.ones(elements))
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        x = jax.block_until_ready(copy(x))
+        times.append(time.perf_counter() - start)
+    return 2 * x.nbytes / float(np.median(times))
+
+
+def torch_has_cuda() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="small leaves, kernels by name")
+    tiny = parser.parse_args().tiny or jax.default_backend() == "cpu"
+    trees, kind = (TINY, "pallas") if tiny else (TREES, "auto")
+    bandwidth = copy_bandwidth(2**14 if tiny else 2**29)
+    runs: list[tuple[str, str, str, Callable[[], Any]]] = [
+        (tree, name, way, lambda c=case, w=way, s=shapes: Run(c, w, s, kind))
+        for tree, shapes in trees.items()
+        for name, case in CASES.items()
+        for way in case.ways
+    ]
+    if torch_has_cuda():
+        runs += [
+            (tree, "torch.optim.AdamW(fused=True)", "step", lambda s=s: TorchRun(s))
+            for tree, s in trees.items()
+        ]
+    rows, base = [], {}
+    for tree, name, way, make in tqdm(runs, leave=False):
+        run = make()
+        run()  # the first call warms up
+        seconds = float(np.median([run() for _ in range(ROUNDS)]))
+        base.setdefault(tree, seconds)
+        rows.append(
+            {
+                "tree": tree,
+                "optimizer": name,
+                "through": way,
+                "ms": f"{1e3 * seconds:.3g}",
+                "× optax": f"{seconds / base[tree]:.2f}",
+                "of the copy's bandwidth": f"{run.moved / seconds / bandwidth:.0%}",
+                "peak, GB": f"{run.peak / 1e9:.3g}",
+                "beside its operands": "-" if run.over is None else f"{run.over:.1%}",
+            }
+        )
+        del run
+        gc.collect()
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s")
+    report.write("gpu-tiny" if tiny else "gpu", rows)
+
+
+if __name__ == "__main__":
+    main()
