@@ -65,6 +65,24 @@ def test_the_first_step_without_bias_correction_is_too_large():
         np.testing.assert_allclose(trajectory(fair, g), 1.0, rtol=1e-6)
 
 
+def test_how_long_steps_without_bias_correction_are_too_large():
+    with jax.enable_x64(True):  # 10⁴ float32 averages would move the last by five steps
+        for decay, steps in [(0.99, 174), (0.999, 1750), (0.9999, 17511)]:
+            tx = adam_jax.scale_by_rms(decay=decay, eps=0.0)
+            g = jnp.ones(20_000, jnp.float64)
+            u = jax.lax.scan(lambda s, g, tx=tx: tx.update(g, s)[::-1], tx.init(g[0]), g)[1]
+            assert int(jnp.sum(u >= 1.1)) == steps
+
+
+def test_the_rectification_of_radam():
+    """r at t = 6, 10, 100, 1000; a linear warmup over 2/(1 - b2) steps is of its order."""
+    g = np.ones((1000, 1), np.float32)
+    adam, radam = adam_jax.scale_by_adam(eps=0.0), adam_jax.scale_by_radam(eps=0.0)
+    t = np.array([6, 10, 100, 1000])
+    r = (trajectory(radam, g) / trajectory(adam, g))[t - 1, 0]
+    np.testing.assert_allclose(r, [0.0258, 0.0490, 0.2153, 0.6453], atol=6e-5)
+
+
 def test_the_largest_possible_step():
     """|u| ≤ (1-b1)/√((1-b2)(1-b1²/b2)) = 7.27, reached by g_t = (b2/b1)^t; 1 when b1 = b2."""
     b1, b2 = 0.9, 0.999
@@ -108,6 +126,93 @@ def test_reddi_theorem_1(c):
     )
     assert final_point(adam, gradient, 3000) == pytest.approx(1.0, abs=0.1)
     assert final_point(adam_jax.amsgrad(rate, **given, **raw), gradient, 30000) < -0.9
+
+
+def test_reddi_online():
+    """Every 101st push is large and to the left, the others small and to the right."""
+    steps = 2_000_000
+
+    def end(tx):
+        """x, and the average regret against -1."""
+
+        def step(carry, t):
+            x, state, regret = carry
+            c = jnp.where(t % 101 == 1, jnp.float32(1010), jnp.float32(-10))
+            updates, state = tx.update(c, state, x)
+            return (jnp.clip(x + updates, -1, 1), state, regret + c * (x + 1) / steps), None
+
+        def block(carry, k):  # so that regrets of a like size are summed
+            x, state, regret = jax.lax.scan(step, (*carry, zero), 2000 * k + jnp.arange(1, 2001))[0]
+            return (x, state), regret
+
+        zero = jnp.zeros(())
+        carry, regrets = jax.lax.scan(block, (zero, tx.init(zero)), jnp.arange(steps // 2000))
+        return carry[0], jnp.sum(regrets)
+
+    def rate(count):
+        return 1 / jnp.sqrt(count.astype(jnp.float32) + 1)
+
+    x, regret = end(adam_jax.adam(rate, 0.9, 0.99))
+    assert x == pytest.approx(1.0, abs=1e-3)
+    assert regret == pytest.approx(0.240, abs=1e-3)
+    assert end(adam_jax.amsgrad(rate, 0.9, 0.99, max_of="raw"))[0] < -0.996
+
+
+def test_wilson():
+    """All fit; unseen samples, which have the first three features alone, tell them apart."""
+    n, positive = 200, 0.7
+    y = np.where(np.random.default_rng(0).random(n) < positive, 1.0, -1.0)
+    x = np.zeros((n, 3 + 5 * n))
+    x[:, 0], x[:, 1:3] = y, 1
+    for i in range(n):
+        x[i, 3 + 5 * i : 3 + 5 * i + (1 if y[i] > 0 else 5)] = 1
+    unseen = np.where(np.random.default_rng(1).random(1000) < positive, 1.0, -1.0)
+    flattest = np.linalg.norm(x.T @ x / n, 2)
+    x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+
+    def scores(tx):
+        def step(carry, _):
+            w, state = carry
+            g = jax.grad(lambda w: jnp.mean((x @ w - y) ** 2))(w)
+            updates, state = tx.update(g, state, w)
+            return (w + updates, state), None
+
+        w = jnp.zeros(x.shape[1])
+        w = np.asarray(jax.lax.scan(step, (w, tx.init(w)), length=1500)[0][0])
+        right = np.sign(w[0] * unseen + w[1] + w[2]) == unseen
+        return np.mean(np.sign(x @ w) == y), np.mean(right)
+
+    assert np.mean(unseen > 0) == 0.687
+    for tx in (adam_jax.sgd(0.5 / flattest), adam_jax.sgd(0.1 / flattest, momentum=0.9)):
+        assert scores(tx) == (1, 1)
+    for tx in (adam_jax.adam(0.01), adam_jax.rmsprop(0.01), adam_jax.amsgrad(0.01)):
+        assert scores(tx) == (1, 0.687)
+
+
+def test_rare_classes():
+    """64 classes of frequency ∝ 1/k, inputs without signal, the rarer half after 300 steps."""
+    frequency = 1 / np.arange(1, 65)
+    counts = np.maximum(1, np.round(3000 * frequency / frequency.sum())).astype(int)
+    labels = np.repeat(np.arange(64), counts)
+    x = np.random.default_rng(0).random((len(labels), 256)).astype(np.float32)
+    one_hot = jax.nn.one_hot(labels, 64)
+
+    def losses(w):
+        return -jnp.sum(one_hot * jax.nn.log_softmax(x @ w), axis=1)
+
+    def rare(tx):
+        def step(carry, _):
+            w, state = carry
+            g = jax.grad(lambda w: losses(w).mean())(w)
+            updates, state = tx.update(g, state, w)
+            return (w + updates, state), None
+
+        w = jnp.zeros((256, 64))
+        w = jax.lax.scan(step, (w, tx.init(w)), length=300)[0][0]
+        return float(jnp.mean((one_hot.T @ losses(w) / counts.astype(np.float32))[32:]))
+
+    assert rare(adam_jax.sgd(0.15)) == pytest.approx(5.09, abs=0.02)
+    assert rare(adam_jax.adam(0.25)) == pytest.approx(0.105, abs=0.01)
 
 
 def test_weight_decay_forms():
