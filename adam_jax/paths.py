@@ -50,7 +50,7 @@ def not_matching(*patterns: str) -> Callable[[Any], Any]:
 
 
 def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[Any], Any]:
-    found = search(caller, *patterns)
+    found = search("matching", *patterns)
 
     def mask(tree: Any) -> Any:
         if hasattr(tree, "dtype") and jnp.issubdtype(tree.dtype, jnp.integer):
