@@ -60,9 +60,9 @@ def record(
     as a whole, which they need not do otherwise. (`python -m benchmarks.diagnostics` has the cost.)
 
     Args:
-      tx: the whole optimizer with its clipping, ours or another. `record` goes around it, inside of
-        `zero1`, `optax.MultiSteps`, `optax.apply_if_finite` and of `master_weights`, whose own
-        updates are those of rounded parameters.
+      tx: the whole optimizer with its clipping, ours or another. `record` goes around it, and
+        inside of `zero1`, `optax.MultiSteps`, `optax.apply_if_finite` and `master_weights`, whose
+        own updates are those of rounded parameters.
       groups: by name, a regular expression, searched in paths such as "layers/0/kernel". Groups may
         overlap. By default one, "all".
       every: >= 1, updates between two measurements; the first update is measured.
