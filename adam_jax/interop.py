@@ -237,7 +237,8 @@ def _moment(name: str, given: Any, mine: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _recode(name: str, x: Any, like: Any) -> Any:
-    if name == "rest" and x.shape == like.shape:  # of master_weights, perhaps in another width
+    kept_in = getattr(like, "dtype", jnp.float32)
+    if name == "rest" and jnp.issubdtype(kept_in, jnp.integer):  # below master weights' parameters
         return parameters.rest_as(x, like.dtype)
     dtype = arithmetic_dtype(*storage.dtypes((x, like)))
     return storage.encode(name, storage.decode(x, dtype), like, None)
