@@ -75,11 +75,11 @@ def test_what_stays_float32_is_said():
     assert repr(tx).endswith("storage=int8[128])")
 
 
-EVERY_STORAGE = [("adam", s) for s in (None, "bfloat16", {"mu": "int8"})]
-
-
-@pytest.mark.parametrize("name, storage", [*((name, "int8") for name in RULES), *EVERY_STORAGE])
+@pytest.mark.parametrize("storage", [None, "float32", "bfloat16", "int8", "a mapping"])
+@every_rule
 def test_memory_report_counts_the_buffers(name, storage):
+    if storage == "a mapping":
+        storage = {next(iter(RULES[name].moments)): "int8"}
     params = {"w": jnp.ones((64, 100)), "b": jnp.ones(3, jnp.bfloat16), "none": None}
     tx = optimizer(name, storage=storage)
     report = adam_jax.memory_report(tx, params)
