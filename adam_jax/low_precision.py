@@ -57,8 +57,8 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 32) -> Transfor
     more bits below would not widen.
 
     Goes around all that computes updates: `optax.chain(optax.clip(1.0), ...)` inside, and only
-    `zero1`, `optax.MultiSteps`, `optax.apply_if_finite` and a Flax optimizer outside. Those two of
-    Optax want gradients of the updates' dtype, float32 (cast them in front).
+    `zero1`, `optax.MultiSteps`, `optax.apply_if_finite` and a Flax optimizer outside. The last of
+    Optax's wants gradients of the updates' dtype, float32 (cast them in front).
 
     Updates land exactly where the new parameter is 0 or has at least 2⁻¹⁵ of the old one's size.
     What the float32 addition of `optax.apply_updates` cannot reach becomes the neighbour that it
