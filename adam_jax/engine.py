@@ -380,10 +380,10 @@ def leaf(
             means = yield averaged
             with _promotion(dtype):
                 u = u * rule.factor(*means)
-        bits = None
+        draw = None
         if key is not None and t is not None and storage.draws(moments):
-            bits = random_bits(key[0], t, place)
-        encode = functools.partial(storage.encode, bits=bits, share=share)
+            draw = functools.partial(random_bits, key[0], t, place)
+        encode = functools.partial(storage.encode, draw=draw, share=share)
         written.append(tuple(map(encode, rule.moments, new, moments)))
     if not lands:
         return u.astype(emitted), written

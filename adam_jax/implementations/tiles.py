@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from adam_jax.storage.blocks import largest_of
+from adam_jax.storage.blocks import apart
 
 
 class Grid(NamedTuple):
@@ -71,14 +71,14 @@ class Grid(NamedTuple):
         mask = self.mask(i, 1)
         return x if mask is None else jnp.where(mask, x, 0)
 
-    def share(self, i: jax.Array) -> Callable[..., jax.Array] | None:
+    def share(self, i: jax.Array) -> Callable[..., jax.Array]:
         """How to find the largest of blocks, the last of which may leave the leaf."""
-        if self.shape[-1] % self.columns == 0:
-            return None
 
         def largest(sizes: jax.Array, block: int) -> jax.Array:
-            inside = self._columns(self.at(i)[-1], 1) < self.shape[-1]
-            return largest_of(jnp.where(inside, sizes, 0), min(block, self.columns))
+            if self.shape[-1] % self.columns:
+                inside = self._columns(self.at(i)[-1], 1) < self.shape[-1]
+                sizes = jnp.where(inside, sizes, 0)
+            return jnp.max(apart(sizes, min(block, self.columns)), axis=-1)
 
         return largest
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from adam_jax.storage.blocks import Code
+from adam_jax.storage.blocks import Code, at_least, at_most
 
 
 def _levels(y: jax.Array, draw: jax.Array, n: int) -> jax.Array:
     """q of 0 ≤ y ≤ 1, with (q/n)² equal to y on average."""
     w = y * n**2
     q = jnp.floor(jnp.sqrt(w))
-    return jnp.minimum(jnp.where(draw * (2 * q + 1) < w - q * q, q + 1, q), n)
+    return jnp.where(draw * (2 * q + 1) < w - q * q, q + 1, q)
 
 
 def _encode_signed(y: jax.Array, draw: jax.Array) -> jax.Array:
     q = _levels(jnp.abs(y), draw, 127)
-    return jnp.where(y < 0, -q, q).astype(jnp.int32).astype(jnp.int8)  # via int32: it vectorizes
+    return _whole(jnp.where(y < 0, -q, q)).astype(jnp.int8)
 
 
 def _decode_signed(codes: jax.Array) -> jax.Array:
@@ -32,7 +33,7 @@ def _decode_signed(codes: jax.Array) -> jax.Array:
 def _encode_positive(y: jax.Array, draw: jax.Array) -> jax.Array:
     q = _levels(y, draw, 255)
     # nothing above zero becomes zero: a step would be m/ε where nu is 0 and mu is not
-    return jnp.where(y > 0, jnp.maximum(q, 1), q).astype(jnp.int32).astype(jnp.uint8)
+    return _whole(at_least(q, jnp.where(y > 0, 1.0, 0.0))).astype(jnp.uint8)
 
 
 def _decode_positive(codes: jax.Array) -> jax.Array:
@@ -41,8 +42,14 @@ def _decode_positive(codes: jax.Array) -> jax.Array:
 
 
 def _exact_ends(square: jax.Array, n: int) -> jax.Array:
-    """square / n², and ±1 for ±n² even where XLA multiplies the scale by 1/n² first."""
-    return jnp.where(jnp.abs(square) == n**2, jnp.sign(square), square * (1 / n**2))
+    """square / n², and exactly ±1 for ±n²: a quotient a hair too large, and cut off."""
+    inverse = np.nextafter(np.float32(1 / n**2), np.float32(1))
+    return at_most(at_least(square * inverse, -1), 1)
+
+
+def _whole(q: jax.Array) -> jax.Array:
+    """Whole numbers as integers, in one addition: the last bits of 1.5 · 2²³ + q."""
+    return jax.lax.bitcast_convert_type(q + 1.5 * 2.0**23, jnp.int32)
 
 
 SIGNED = Code(jnp.int8, _encode_signed, _decode_signed)

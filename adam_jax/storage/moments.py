@@ -20,7 +20,6 @@ from adam_jax.paths import path_string
 from adam_jax.storage import blocks, dense
 from adam_jax.storage.blocks import Blocks, Code
 from adam_jax.storage.formats import CODES, Format, is_format
-from adam_jax.storage.noise import vary
 from adam_jax.storage.policy import Storage, format_of, is_function
 
 
@@ -35,22 +34,23 @@ def encode(
     name: str,
     x: jax.Array,
     stored: Any,
-    bits: jax.Array | None,
+    draw: Callable[[str], jax.Array] | None,
     share: Callable[..., jax.Array] | None = None,
 ) -> Any:
     """x as `stored` is stored; rounded to the nearest where there are no random bits.
 
+    `draw` gives those of the moment with a name.
     `share` is for a part of a leaf: (its magnitudes, block) → the largest of each whole block.
     """
-    bits = None if bits is None else vary(bits, name)
+    bits = None if draw is None else draw(name)
     if not isinstance(stored, Blocks):
         return dense.encode(x, stored, bits)
-    draw = jnp.float32(0.5) if bits is None else _uniform(bits)
+    part = jnp.float32(0.5) if bits is None else _uniform(bits)
     # one x for scales and codes: compiled into both, it could round in two ways
     x = jax.lax.optimization_barrier(x.astype(jnp.float32))
     code = CODES[stored.codes.dtype]
     share = None if share is None else functools.partial(share, block=code.block)
-    return _without_derivative(code, blocks.size(stored), share, x, draw)
+    return _without_derivative(code, blocks.size(stored), share, x, part)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_GOLDEN = 0x9E3779B1  # 2³²/φ, odd: its multiples are spread evenly
-
 
 class Place(NamedTuple):
     """Where elements lie in the whole leaf: at [row, column + lane], rows counted over the rest."""
@@ -44,19 +42,14 @@ def name_key(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def random_bits(key: jax.Array, t: jax.Array, place: Place) -> jax.Array:
-    """32 random bits for each element of the leaf with this key at step t."""
-    row = _mix(place.row ^ _mix(key ^ t.astype(jnp.uint32))) + place.column * jnp.uint32(_GOLDEN)
+def random_bits(key: jax.Array, t: jax.Array, place: Place, name: str = "") -> jax.Array:
+    """32 random bits for each element of the leaf with this key at step t; other ones by name."""
+    key = _mix(key ^ t.astype(jnp.uint32)) ^ jnp.uint32(name_key(name))
+    row = _mix(place.row ^ key) + place.column
     row = jax.lax.optimization_barrier(
         row
     )  # once for each row: fused, it would be for each element
-    return _mix(row + place.lane * jnp.uint32(_GOLDEN))
-
-
-def vary(bits: jax.Array, name: str) -> jax.Array:
-    """Other bits from the same ones: a moment's own, at half the price of drawing anew."""
-    x = (bits ^ jnp.uint32(name_key(name))) * jnp.uint32(0xD35A2D97)
-    return x ^ (x >> 15)
+    return _mix(row + place.lane)
 
 
 def _mix(x: jax.Array) -> jax.Array:
