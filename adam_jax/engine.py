@@ -27,7 +27,7 @@ from adam_jax.parameters import is_narrow
 from adam_jax.paths import path_string
 from adam_jax.states import count_fields, state_class
 from adam_jax.storage import Blocks
-from adam_jax.storage.noise import Place, name_key, random_bits
+from adam_jax.storage.noise import Place, after, name_key, random_bits
 from adam_jax.transformation import Transformation
 
 Stages: TypeAlias = tuple[tuple[Rule, tuple[tuple[str, Any], ...]] | None, ...]
@@ -352,12 +352,15 @@ def leaf(
     key: jax.Array | None,
     place: Place,
     share: Callable[..., jax.Array] | None = None,
+    *,
+    ordered: bool = False,
 ) -> Step:
     """The step of one leaf, or of a part of it: decode the moments, apply the rules, encode them.
 
     It returns the update, or with `lands` the new parameter, and what is stored. A generator: what
     has to be averaged over the whole leaf it yields, and is sent the means.
-    `share` finds the largest of each block where this is only a part of them.
+    `share` finds the largest of each block where this is only a part of them. With `ordered` what
+    is stored waits for the result.
     """
     dtype = arithmetic_dtype(*storage.dtypes((u, g, p, stored)))
     real = jnp.finfo(dtype).dtype
@@ -366,7 +369,7 @@ def leaf(
     emitted, u = u.dtype, u.astype(dtype)
     g = u if g is None else g.astype(dtype)
     kept, p = p, None if p is None else parameters.read(p, dtype)
-    written = []
+    results = []
     for ((rule, options), (t, hyper)), moments in zip(active, stored, strict=True):
         given = {"t": t, "g": g, "p": p, "size": size}
         inputs = {name: given[name] for name in rule.inputs}
@@ -380,19 +383,26 @@ def leaf(
             means = yield averaged
             with _promotion(dtype):
                 u = u * rule.factor(*means)
+        results.append((rule.moments, new, moments, t))
+    if not lands:
+        result = u.astype(emitted)
+    else:
+        if not is_narrow(kept):
+            u = u.astype(emitted).astype(dtype)  # as it would have been emitted
+        bits = None
+        if key is not None and parameters.draws(kept):
+            bits = random_bits(key[0], key[1], place)
+        result = parameters.land(kept, jnp.add(p, u), bits)
+    if key is not None and ordered:
+        key = after(jax.tree.leaves(result)[0], key)
+    written = []
+    for names, new, moments, t in results:
         draw = None
         if key is not None and t is not None and storage.draws(moments):
             draw = functools.partial(random_bits, key[0], t, place)
         encode = functools.partial(storage.encode, draw=draw, share=share)
-        written.append(tuple(map(encode, rule.moments, new, moments)))
-    if not lands:
-        return u.astype(emitted), written
-    if not is_narrow(kept):
-        u = u.astype(emitted).astype(dtype)  # as it would have been emitted
-    bits = None
-    if key is not None and parameters.draws(kept):
-        bits = random_bits(key[0], key[1], place)
-    return parameters.land(kept, jnp.add(p, u), bits), written
+        written.append(tuple(map(encode, names, new, moments)))
+    return result, written
 
 
 def _apply(rule: Rule, u: jax.Array, moments: Sequence[jax.Array], **keywords: Any) -> Any:

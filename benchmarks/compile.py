@@ -1,85 +1,102 @@
-"""What happens before and around a step: tracing, lowering, eager dispatch, temporaries.
+"""What happens before and around a step: tracing, lowering, compiling, eager dispatch, retracing.
 
-python -m benchmarks.compile
+python -m benchmarks.compile       # 10 minutes
+
+A step is (params, state, gradients) → (params, state), jitted anew and with JAX's caches empty.
+Optax and we take turns; ratios are medians of the ratios within each round.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 import adam_jax
-from benchmarks import report
+from benchmarks import report, trees
 
 ADAMW = {"optax": optax.adamw, "ours": adam_jax.adamw}
 
 
-def leaves(count: int, shape: tuple[int, ...] = (64, 32)) -> dict[str, jax.Array]:
-    return {f"layer{i}": jnp.ones(shape) for i in range(count)}
+def step(tx: Any) -> Callable[..., Any]:
+    """A function anew, so that nothing of it is cached."""
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
 
 
-def jitted(tx: optax.GradientTransformation) -> Any:
-    """The step anew, so that nothing is cached."""
-    return jax.jit(lambda g, s, p: tx.update(g, s, p))
+class Build:
+    """Builds a tree's step; a call returns the seconds to lower it, or to compile what is lowered.
+
+    Garbage is collected beforehand: a collection in the middle would be the loser's bad luck.
+    """
+
+    def __init__(self, make: Callable[..., Any], tree: Any):
+        self.make, self.params = make, trees.arrays(tree)
+
+    def lower(self) -> tuple[float, Any]:
+        jax.clear_caches()
+        tx = self.make(1e-3)
+        state = tx.init(self.params)
+        gc.collect()
+        start = time.perf_counter()
+        lowered = jax.jit(step(tx), donate_argnums=(0, 1)).lower(self.params, state, self.params)
+        return time.perf_counter() - start, lowered
+
+    def __call__(self) -> float:
+        return self.lower()[0]
+
+    def compile(self) -> float:
+        _, lowered = self.lower()
+        start = time.perf_counter()
+        lowered.compile()
+        return time.perf_counter() - start
 
 
-def trace_and_lower(make: Callable[..., Any], params: Any) -> float:
-    jax.clear_caches()
-    tx = make(1e-3)
-    state = tx.init(params)
-    start = time.perf_counter()
-    jitted(tx).trace(params, state, params).lower()
-    return time.perf_counter() - start
+class Eager:
+    """Updates op by op: each call makes one and returns its seconds."""
 
+    def __init__(self, make: Callable[..., Any], tree: Any):
+        self.tx, self.params = make(1e-3), trees.arrays(tree)
+        self.state = self.tx.init(self.params)
+        self()
 
-def eager_update(tx: optax.GradientTransformation, params: Any, state: Any) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(tx.update(params, state, params))
-    return time.perf_counter() - start
-
-
-def temporaries(make: Callable[..., Any]) -> int:
-    tx = make(1e-3)
-    params = jnp.ones((1024, 1024))
-    state = tx.init(params)
-    compiled = jitted(tx).lower(params, state, params).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(self.tx.update(self.params, self.state, self.params))
+        return time.perf_counter() - start
 
 
 def main() -> None:
-    many, some = leaves(2000), leaves(150)
-    lowered = report.interleaved(
-        {name: functools.partial(trace_and_lower, make, many) for name, make in ADAMW.items()}, 5
-    )
-    eager = {}
-    for name, make in ADAMW.items():
-        tx = make(1e-3)
-        eager[name] = functools.partial(eager_update, tx, some, tx.init(some))
-        eager[name]()  # compiles
-    eager = report.interleaved(eager, 21)
-    rows = [
-        ("trace + lower, 2000 leaves (s)", lowered),
-        ("eager update, 150 leaves (s)", eager),
-        ("temporaries of a float32 step (bytes)", {n: temporaries(m) for n, m in ADAMW.items()}),
-    ]
-    report.write(
-        "compile",
-        [
-            {
-                "adamw": what,
-                **{name: float(f"{x:.3g}") for name, x in figures.items()},
-                "ours / optax": round(figures["ours"] / figures["optax"], 2),
-            }
-            for what, figures in rows
-        ],
-    )
+    rows = []
+
+    def add(what: str, measure: Callable[[Callable[..., Any]], Callable[[], float]], rounds: int):
+        seconds = report.turns({name: measure(make) for name, make in ADAMW.items()}, rounds)
+        row = {name: f"{np.median(x):.3g}" for name, x in seconds.items()}
+        ratio = np.median(seconds["ours"] / seconds["optax"])
+        rows.append({"AdamW, seconds": what, **row, "ours / optax": f"{ratio:.2f}"})
+
+    for what, tree in (
+        ("2000 equal leaves", trees.equal(2000)),
+        ("400 distinct shapes", trees.distinct(400)),
+    ):
+        add(f"trace + lower, {what}", functools.partial(Build, tree=tree), 7)
+        add(f"compile, {what}", lambda make, tree=tree: Build(make, tree).compile, 5)
+    small = trees.gpt2(width=96, vocabulary=2048)
+    add("eager update, GPT-2's 148 leaves, width 96", functools.partial(Eager, tree=small), 21)
+    add("eager update, GPT-2 small", functools.partial(Eager, tree=trees.gpt2()), 7)
+    report.write("compile", rows)
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
     main()

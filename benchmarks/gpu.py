@@ -26,7 +26,7 @@ import optax
 from tqdm import tqdm
 
 import adam_jax
-from benchmarks import report
+from benchmarks import report, trees
 
 ROUNDS = 15
 
@@ -62,44 +62,16 @@ CASES = {
 }
 
 
-def gpt2(layers: int, width: int, vocabulary: int, context: int) -> dict[str, Any]:
-    """The shapes of GPT-2's parameters."""
-    norm = {"scale": (width,), "bias": (width,)}
-
-    def linear(rows: int, columns: int) -> dict[str, Any]:
-        return {"kernel": (rows, columns), "bias": (columns,)}
-
-    layer = {
-        "ln_1": norm,
-        "ln_2": norm,
-        "c_attn": linear(width, 3 * width),
-        "attn_proj": linear(width, width),
-        "c_fc": linear(width, 4 * width),
-        "mlp_proj": linear(4 * width, width),
-    }
-    stack = {f"h{k}": layer for k in range(layers)}
-    return {"wte": (vocabulary, width), "wpe": (context, width), "ln_f": norm, **stack}
-
-
 TREES = {
-    "one leaf, 512M": {"w": (2**19, 1024)},
-    "GPT-2 XL, 1.6B": gpt2(48, 1600, 50257, 1024),
+    "one leaf, 512M": trees.one(2**29),
+    "GPT-2 XL, 1.6B": trees.gpt2(48, 1600),
     "2000 leaves, 16M": {f"w{k}": (64, 128) for k in range(2000)},
 }
 TINY = {
     "one leaf": {"w": (48, 256)},
-    "GPT-2's shape": gpt2(1, 64, 257, 16),
+    "GPT-2's shape": trees.gpt2(1, 64, 257, 16),
     "3 leaves": {f"w{k}": (64, 128) for k in range(3)},
 }
-
-
-def arrays(shapes: Any, dtype: Any) -> Any:
-    """Numbers between -1 and 1."""
-
-    def array(shape: tuple[int, ...]) -> jax.Array:
-        return jnp.sin(jnp.arange(np.prod(shape), dtype=jnp.float32)).astype(dtype).reshape(shape)
-
-    return jax.tree.map(array, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def bytes_of(tree: Any) -> int:
@@ -111,7 +83,7 @@ class Run:
 
     def __init__(self, case: Case, way: str, shapes: Any, kind: str):
         tx = case.make(kind)
-        self.params, self.grads = arrays(shapes, case.dtype), arrays(shapes, case.dtype)
+        self.params, self.grads = (trees.arrays(shapes, case.dtype) for _ in range(2))
         self.state = tx.init(self.params)
 
         def step(grads: Any, state: Any, params: Any) -> Any:
@@ -149,7 +121,7 @@ class TorchRun:
 
         self.torch = torch
         torch.cuda.reset_peak_memory_stats()
-        sizes = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+        sizes = trees.shapes(shapes)
         params = [torch.nn.Parameter(torch.ones(size, device="cuda")) for size in sizes]
         for p in params:
             p.grad = torch.full_like(p, 0.5)
@@ -190,18 +162,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="small leaves, kernels by name")
     tiny = parser.parse_args().tiny or jax.default_backend() == "cpu"
-    trees, kind = (TINY, "pallas") if tiny else (TREES, "auto")
+    sizes, kind = (TINY, "pallas") if tiny else (TREES, "auto")
     bandwidth = copy_bandwidth(2**14 if tiny else 2**29)
     runs: list[tuple[str, str, str, Callable[[], Any]]] = [
         (tree, name, way, lambda c=case, w=way, s=shapes: Run(c, w, s, kind))
-        for tree, shapes in trees.items()
+        for tree, shapes in sizes.items()
         for name, case in CASES.items()
         for way in case.ways
     ]
     if torch_has_cuda():
         runs += [
             (tree, "torch.optim.AdamW(fused=True)", "step", lambda s=s: TorchRun(s))
-            for tree, s in trees.items()
+            for tree, s in sizes.items()
         ]
     rows, base = [], {}
     for tree, name, way, make in tqdm(runs, leave=False):

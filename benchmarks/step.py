@@ -1,70 +1,203 @@
-"""The time of a step on one leaf of 64M float32 elements, and what it needs beside its operands.
+"""The time of AdamW's step, beside Optax, PyTorch, other 8-bit packages and what memory allows.
 
-Gradients and state are donated; all runs take turns in one process. python -m benchmarks.step
+python -m benchmarks.step                  # all trees, 10 minutes; peers join if installed
+python -m benchmarks.step "10k" "ResNet"   # the trees with these in their names
+
+pip install torch==2.13.0 torchao==0.18.0 flashoptim-jax==0.1.0 brings the peers along.
+
+A step is (params, state, gradients) → (params, state), params and state donated, in this order: a
+donated array goes to the next result of its shape. All optimizers of a tree take turns in one
+process; "× optax" is the median of the ratios within each round. The limit is what a float32 step
+reads and writes, 28 bytes per element, at the rate at which an array is scaled in place.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import adam_jax
-from benchmarks import report
+from benchmarks import report, trees
 
-SHAPE = (65536, 1024)
-ROUNDS = 15
-MAKERS = {
-    "optax.adamw": lambda: optax.adamw(1e-3),
-    "optax.adamw, mu_dtype=bfloat16": lambda: optax.adamw(1e-3, mu_dtype=jnp.bfloat16),
-    "adam_jax float32": lambda: adam_jax.adamw(1e-3),
-    "adam_jax bfloat16": lambda: adam_jax.adamw(1e-3, storage="bfloat16"),
-    "adam_jax int8": lambda: adam_jax.adamw(1e-3, storage="int8"),
-    "adam_jax int8, implementation='xla'": lambda: adam_jax.adamw(
-        1e-3, storage="int8", implementation="xla"
-    ),
-}
+ROUNDS = 21
+SECONDS = 0.02  # at least, for each turn
 
 
 class Run:
-    """An optimizer at work: each call makes a step and returns its seconds."""
+    """Something at work: each call repeats its step and returns the seconds of one."""
 
-    def __init__(self, tx: optax.GradientTransformation, params: jax.Array):
-        self.params = params
-        self.grads = jnp.sin(jnp.arange(params.size, dtype=jnp.float32)).reshape(params.shape)
-        self.state = tx.init(params)
-        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
-        step = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=(0, 1))
-        self.step: Any = step.lower(self.grads, self.state, params).compile()
-        self.temporaries = self.step.memory_analysis().temp_size_in_bytes
+    state_bytes: int | None = None
+    temporaries: int | None = None
+    repeats = 1
+
+    def step(self) -> None:
+        raise NotImplementedError
 
     def __call__(self) -> float:
         start = time.perf_counter()
-        self.grads, self.state = self.step(self.grads, self.state, self.params)
-        jax.block_until_ready(self.state)
-        return time.perf_counter() - start
+        for _ in range(self.repeats):
+            self.step()
+        return (time.perf_counter() - start) / self.repeats
+
+    def warmed(self) -> Run:
+        self()
+        self.repeats = max(1, round(SECONDS / self()))
+        return self
+
+
+class Jitted(Run):
+    """One compiled function of (params, state, gradients)."""
+
+    def __init__(self, step: Callable[..., Any], params: Any, state: Any, grads: Any):
+        self.held, self.grads = (params, state), grads
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads)
+        self.compiled: Any = lowered.compile()
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+        self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes
+
+    def step(self) -> None:
+        self.held = jax.block_until_ready(self.compiled(*self.held, self.grads))
+
+
+def ours(storage: str, tree: Any) -> Run:
+    params, tx = trees.arrays(tree), adam_jax.adamw(1e-3, storage=storage)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        return adam_jax.apply(tx, grads, state, params)
+
+    return Jitted(step, params, tx.init(params), trees.arrays(tree))
+
+
+def optax_adamw(mu_dtype: Any, tree: Any) -> Run:
+    params, tx = trees.arrays(tree), optax.adamw(1e-3, mu_dtype=mu_dtype)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return Jitted(step, params, tx.init(params), trees.arrays(tree))
+
+
+def flashoptim(tree: Any) -> Run:
+    import flashoptim_jax  # pyright: ignore[reportMissingImports]
+
+    params = trees.arrays(tree)
+    made = flashoptim_jax.flash_adamw(1e-3, master_weight_bits=None, fused=False)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        return made.step(params, state, grads)
+
+    return Jitted(step, params, made.init(params), trees.arrays(tree))
+
+
+class Torch(Run):
+    """An optimizer of PyTorch or torchao."""
+
+    def __init__(self, make: Callable[[Any], Any], tree: Any):
+        import torch
+
+        params = [torch.nn.Parameter(torch.ones(shape)) for shape in trees.shapes(tree)]
+        for p in params:
+            p.grad = torch.sin(torch.arange(p.numel(), dtype=torch.float32)).reshape(p.shape)
+        self.optimizer = make(params)
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def torch_adamw(way: str, tree: Any) -> Run:
+    import torch
+
+    return Torch(functools.partial(torch.optim.AdamW, lr=1e-3, **{way: True}), tree)
+
+
+def torchao_adamw(tree: Any) -> Run:
+    import torchao.optim  # pyright: ignore[reportMissingImports]
+
+    return Torch(functools.partial(torchao.optim.AdamW8bit, lr=1e-3), tree)
+
+
+class Limit(Run):
+    """As many bytes as a float32 step has to move, at the rate of a scaling in place."""
+
+    def __init__(self, tree: Any):
+        self.x = jnp.ones(trees.elements(tree))
+        self.scale = jax.jit(lambda x: x * 1.0001, donate_argnums=0)
+
+    def step(self) -> None:
+        self.x = jax.block_until_ready(self.scale(self.x))
+
+    def __call__(self) -> float:
+        return super().__call__() * 28 / 8
+
+
+MAKERS: dict[str, Callable[[Any], Run]] = {
+    "optax.adamw": functools.partial(optax_adamw, None),
+    "adam_jax float32": functools.partial(ours, "float32"),
+    "torch fused": functools.partial(torch_adamw, "fused"),
+    "torch foreach": functools.partial(torch_adamw, "foreach"),
+    "limit of float32": Limit,
+    "optax.adamw, mu_dtype=bfloat16": functools.partial(optax_adamw, jnp.bfloat16),
+    "adam_jax bfloat16": functools.partial(ours, "bfloat16"),
+    "adam_jax int8": functools.partial(ours, "int8"),
+    "flashoptim-jax 8-bit": flashoptim,
+    "torchao 8-bit": torchao_adamw,
+}
+EXACT = tuple(MAKERS)[:4]
+TREES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "one leaf, 64M": (lambda: trees.one(2**26), tuple(MAKERS)),
+    "GPT-2 small, 148 leaves, 124M": (trees.gpt2, tuple(MAKERS)),
+    "ResNet-50, 161 leaves, 26M": (trees.resnet50, tuple(MAKERS)[:-2]),
+    "2000 equal leaves, 4M": (lambda: trees.equal(2000), EXACT),
+    "2000 distinct leaves, 3M": (lambda: trees.distinct(2000), EXACT),
+    "10k parameters, 6 leaves": (trees.mlp, EXACT),
+}
+
+
+def rows(name: str, tree: Any, makers: tuple[str, ...]) -> list[dict[str, str]]:
+    runs: dict[str, Run] = {}
+    for maker in makers:
+        try:
+            runs[maker] = MAKERS[maker](tree).warmed()
+        except ImportError as error:
+            print(f"{maker}: {error}; left out")
+    seconds = report.turns(runs, ROUNDS)
+
+    def row(maker: str, run: Run) -> dict[str, str]:
+        ratio = float(np.median(seconds[maker] / seconds["optax.adamw"]))
+        state, temporaries = run.state_bytes, run.temporaries
+        return {
+            "tree": name,
+            "AdamW": maker,
+            "ms": f"{1e3 * np.median(seconds[maker]):.3g}",
+            "× optax": f"{ratio:.2f}",
+            "state, bytes per parameter": "" if state is None else f"{state / elements:.2f}",
+            "temporaries, MB": "" if temporaries is None else f"{temporaries / 1e6:.1f}",
+        }
+
+    elements = trees.elements(tree)
+    return [row(maker, run) for maker, run in runs.items()]
 
 
 def main() -> None:
-    params = jnp.ones(SHAPE)
-    runs = {name: Run(make(), params) for name, make in MAKERS.items()}
-    seconds = report.interleaved(runs, ROUNDS)
-    base = seconds["optax.adamw"]
-    rows = [
-        {
-            "adamw, 64M elements": name,
-            "ms": f"{1e3 * seconds[name]:.0f}",
-            "× optax": f"{seconds[name] / base:.2f}",
-            "state, bytes per parameter": f"{run.state_bytes / params.size:.2f}",
-            "temporaries, MB": f"{run.temporaries / 1e6:.1f}",
-        }
-        for name, run in runs.items()
-    ]
-    report.write("step", rows)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("only", nargs="*", help="parts of the names of trees")
+    only = parser.parse_args().only
+    table = []
+    for name, (tree, makers) in TREES.items():
+        if not only or any(part in name for part in only):
+            table += rows(name, tree(), makers)
+    report.write("step" if not only else "step-part", table)
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
     main()

@@ -54,7 +54,8 @@ def _run(
         return cut.run(leaf, u, g, p, stored, scalars, key, shard)
     arrays = (u, g, p)
     given = (arrays[over], stored)
-    block = max([1, *(storage.block_of(x) for moments in stored for x in moments)])
+    # a row of a tile is a block, or as long where nothing is coded: random bits are keyed by rows
+    block = max([128, *(storage.block_of(x) for moments in stored for x in moments)])
     grid = _Grid.of(u.shape, block)
     before = _as_bits(given)
     means: list[Sequence[jax.Array]] = []

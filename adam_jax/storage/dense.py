@@ -32,7 +32,7 @@ def encode(x: jax.Array, stored: jax.Array, bits: jax.Array | None) -> jax.Array
 
 def stochastic_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     """float32 → bfloat16, up with the probability that makes it right on average."""
+    x = jnp.where(jnp.isnan(x), jnp.nan, x)  # the NaN that stays one when bits are added
     pattern = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    rounded = (pattern + (bits & 0xFFFF)) & jnp.uint32(0xFFFF0000)
-    kept = jax.lax.bitcast_convert_type(rounded, jnp.float32)
-    return jnp.where(jnp.isfinite(x), kept, x).astype(jnp.bfloat16)  # exact but for Inf and NaN
+    upper = (pattern + (bits & 0xFFFF)) >> 16
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)

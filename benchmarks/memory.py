@@ -1,0 +1,87 @@
+"""What AdamW's state and its step take, from the compiled step: nothing is allocated, nothing timed.
+
+python -m benchmarks.memory
+
+On GPT-2 small, params and state donated. The peak is everything that is there while a step runs:
+parameters, gradients, state, and what XLA allocates beside them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import adam_jax
+from benchmarks import report, trees
+
+
+class Case(NamedTuple):
+    make: Callable[[], Any]
+    dtype: Any = jnp.float32
+    apply: bool = False
+
+
+def ours(storage: str) -> Any:
+    return adam_jax.adamw(1e-3, storage=storage)
+
+
+def masters() -> Any:
+    return adam_jax.master_weights(ours("int8"), bits=24)
+
+
+CASES = {
+    "optax.adamw": Case(lambda: optax.adamw(1e-3)),
+    "optax.adamw, mu_dtype=bfloat16": Case(lambda: optax.adamw(1e-3, mu_dtype=jnp.bfloat16)),
+    **{
+        f"adam_jax {storage}, {'apply' if way else 'update'}": Case(
+            functools.partial(ours, storage), apply=way
+        )
+        for storage in ("float32", "bfloat16", "int8")
+        for way in (False, True)
+    },
+    "adam_jax int8, bfloat16 + master_weights(24), update": Case(masters, jnp.bfloat16),
+    "adam_jax int8, bfloat16 + master_weights(24), apply": Case(masters, jnp.bfloat16, True),
+}
+
+
+def row(name: str, case: Case) -> dict[str, str]:
+    tx = case.make()
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, case.dtype),
+        trees.gpt2(),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        if case.apply:
+            return adam_jax.apply(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    memory = compiled.memory_analysis()
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+    count = trees.elements(trees.gpt2())
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return {
+        "AdamW on GPT-2 small": name,
+        "state, bytes per parameter": f"{held / count:.2f}",
+        "temporaries, MB": f"{memory.temp_size_in_bytes / 1e6:.1f}",
+        "peak, bytes per parameter": f"{peak / count:.2f}",
+    }
+
+
+def main() -> None:
+    report.write("memory", [row(name, case) for name, case in CASES.items()])
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main()
