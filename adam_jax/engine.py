@@ -350,7 +350,7 @@ def leaf(
     stored: Sequence[tuple[Any, ...]],
     scalars: jax.Array,
     key: jax.Array | None,
-    place: Place,
+    place: Place | None,
     share: Callable[..., jax.Array] | None = None,
     *,
     ordered: bool = False,

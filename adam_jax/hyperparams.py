@@ -47,4 +47,5 @@ def pack(operands: Any) -> tuple[jax.Array, Any]:
 
 
 def unpack(scalars: jax.Array, layout: Any) -> Any:
-    return layout.unflatten([scalars[i] for i in range(layout.num_leaves)])
+    parts = jax.lax.split(scalars, (1,) * scalars.size)[: layout.num_leaves]
+    return layout.unflatten([jax.lax.squeeze(x, (0,)) for x in parts])

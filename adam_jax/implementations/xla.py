@@ -19,5 +19,6 @@ def run(
     del asks, over
     # an element to wait for is at hand where the leaf is not spread over devices
     ordered = jax.default_backend() == "cpu" and jax.device_count() == 1
-    step = leaf(u, *operands, whole(u.shape), ordered=ordered)
+    place = None if operands[-1] is None else whole(u.shape)  # for random bits alone
+    step = leaf(u, *operands, place, ordered=ordered)
     return finish(step, lambda xs: [jnp.mean(x) for x in xs])
