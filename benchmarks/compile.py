@@ -90,7 +90,7 @@ def main() -> None:
         ("400 distinct shapes", trees.distinct(400)),
     ):
         add(f"trace + lower, {what}", functools.partial(Build, tree=tree), 7)
-        add(f"compile, {what}", lambda make, tree=tree: Build(make, tree).compile, 5)
+        add(f"compile, {what}", lambda make, tree=tree: Build(make, tree).compile, 3)
     small = trees.gpt2(width=96, vocabulary=2048)
     add("eager update, GPT-2's 148 leaves, width 96", functools.partial(Eager, tree=small), 21)
     add("eager update, GPT-2 small", functools.partial(Eager, tree=trees.gpt2()), 7)

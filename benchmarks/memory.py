@@ -1,4 +1,4 @@
-"""What AdamW's state and its step take, from the compiled step: nothing is allocated, nothing timed.
+"""What AdamW's state and its step take in memory, from the compiled step: nothing is run.
 
 python -m benchmarks.memory
 

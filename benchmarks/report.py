@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
+PAGES = (Path(__file__).parent / "README.md", Path(__file__).parent.parent / "README.md")
 PACKAGES = ("jax", "jaxlib", "optax", "adam_jax")
 PEERS = ("flashoptim-jax", "torchao", "torch")  # named where they are installed
 
@@ -32,14 +33,40 @@ def turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.
 
 
 def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the rows as a Markdown table and writes them with the machine, versions and date."""
-    header = list(rows[0])
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(str(row[k]) for k in header) + " |" for row in rows]
-    print("\n".join(lines))
+    """Prints the rows as a Markdown table and writes them with the machine, versions and date.
+
+    A page that has the table between `<!-- benchmarks/NAME -->` and `<!-- /benchmarks/NAME -->`
+    gets the new one.
+    """
     RESULTS.mkdir(exist_ok=True)
     document = {"date": str(datetime.date.today()), "machine": machine(), "rows": list(rows)}
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    print(table(rows))
+    for page in PAGES:
+        text = page.read_text() if page.exists() else ""
+        if text:
+            page.write_text(filled(text, name, document))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    header = list(rows[0])
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(r[k]) for k in header) + " |" for r in rows])
+
+
+def filled(page: str, name: str, document: Mapping[str, Any]) -> str:
+    """The page with a benchmark's table, and where and when it was made, between its marks."""
+    made = document["machine"]
+    versions = ", ".join(f"{p} {made[p]}" for p in ("jax", "optax", "torch") if p in made)
+    told = f"{made['cpu']}, {made['cores']} cores, {versions}, {document['date']}"
+    head, mark, rest = page.partition(f"<!-- benchmarks/{name} -->\n")
+    end = f"\n<!-- /benchmarks/{name} -->"
+    if not mark or end not in rest:
+        return page
+    inside = (
+        f"(`python -m benchmarks.{name.partition('_')[0]}`, {told})\n\n{table(document['rows'])}"
+    )
+    return head + mark + inside + end + rest.partition(end)[2]
 
 
 def machine() -> dict[str, Any]:

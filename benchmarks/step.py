@@ -7,14 +7,18 @@ pip install torch==2.13.0 torchao==0.18.0 flashoptim-jax==0.1.0 brings the peers
 
 A step is (params, state, gradients) → (params, state), params and state donated, in this order: a
 donated array goes to the next result of its shape. All optimizers of a tree take turns in one
-process; "× optax" is the median of the ratios within each round. The limit is what a float32 step
-reads and writes, 28 bytes per element, at the rate at which an array is scaled in place.
+process, and in a second one that builds them in reverse; "× optax" is the median of the ratios
+within each round. The limit is what a float32 step reads and writes, 28 bytes per element, at the
+rate at which an array is scaled in place.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -58,13 +62,13 @@ class Jitted(Run):
 
     def __init__(self, step: Callable[..., Any], params: Any, state: Any, grads: Any):
         self.held, self.grads = (params, state), grads
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads)
-        self.compiled: Any = lowered.compile()
+        self.jitted = jax.jit(step, donate_argnums=(0, 1))
+        compiled: Any = self.jitted.lower(params, state, grads).compile()
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
-        self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes
+        self.temporaries = compiled.memory_analysis().temp_size_in_bytes
 
     def step(self) -> None:
-        self.held = jax.block_until_ready(self.compiled(*self.held, self.grads))
+        self.held = jax.block_until_ready(self.jitted(*self.held, self.grads))
 
 
 def ours(storage: str, tree: Any) -> Run:
@@ -157,45 +161,76 @@ TREES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "GPT-2 small, 148 leaves, 124M": (trees.gpt2, tuple(MAKERS)),
     "ResNet-50, 161 leaves, 26M": (trees.resnet50, tuple(MAKERS)[:-2]),
     "2000 equal leaves, 4M": (lambda: trees.equal(2000), EXACT),
-    "2000 distinct leaves, 3M": (lambda: trees.distinct(2000), EXACT),
+    "400 distinct leaves, 0.3M": (lambda: trees.distinct(400), EXACT),
     "10k parameters, 6 leaves": (trees.mlp, EXACT),
 }
 
 
-def rows(name: str, tree: Any, makers: tuple[str, ...]) -> list[dict[str, str]]:
-    runs: dict[str, Run] = {}
-    for maker in makers:
+def measure(name: str, backwards: bool) -> dict[str, Any]:
+    """Seconds of each optimizer in every round on one tree, and the bytes it takes."""
+    make, makers = TREES[name]
+    tree, runs = make(), dict[str, Run]()
+    for maker in reversed(makers) if backwards else makers:
         try:
             runs[maker] = MAKERS[maker](tree).warmed()
         except ImportError as error:
-            print(f"{maker}: {error}; left out")
+            print(f"{maker}: {error}; left out", file=sys.stderr)
     seconds = report.turns(runs, ROUNDS)
+    return {
+        maker: [seconds[maker].tolist(), run.state_bytes, run.temporaries]
+        for maker, run in runs.items()
+    }
 
-    def row(maker: str, run: Run) -> dict[str, str]:
-        ratio = float(np.median(seconds[maker] / seconds["optax.adamw"]))
-        state, temporaries = run.state_bytes, run.temporaries
+
+def rows(name: str) -> list[dict[str, str]]:
+    """What was measured on a tree, in two processes: memory that is laid out first is faster."""
+    found: list[dict[str, Any]] = []
+    for backwards in ("", "backwards"):
+        command = [sys.executable, "-m", "benchmarks.step", "--measure", name, backwards]
+        found.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+    elements = trees.elements(TREES[name][0]())
+
+    def row(maker: str) -> dict[str, str]:
+        seconds = np.array([process[maker][0] for process in found])
+        base = np.array([process["optax.adamw"][0] for process in found])
+        _, state, temporaries = found[0][maker]
+        # the geometric mean of the two processes' medians: neither order counts for more
+        ratio = np.exp(np.log(np.median(seconds / base, axis=1)).mean())
         return {
             "tree": name,
             "AdamW": maker,
-            "ms": f"{1e3 * np.median(seconds[maker]):.3g}",
+            "ms": f"{1e3 * np.median(seconds):.3g}",
             "× optax": f"{ratio:.2f}",
             "state, bytes per parameter": "" if state is None else f"{state / elements:.2f}",
             "temporaries, MB": "" if temporaries is None else f"{temporaries / 1e6:.1f}",
         }
 
-    elements = trees.elements(tree)
-    return [row(maker, run) for maker, run in runs.items()]
+    return [row(maker) for maker in TREES[name][1] if maker in found[0]]
+
+
+def summary(table: list[dict[str, str]]) -> list[dict[str, str]]:
+    """× optax for each optimizer and tree."""
+    names = dict.fromkeys(row["tree"] for row in table)
+    found = {(row["AdamW"], row["tree"]): row["× optax"] for row in table}
+    return [
+        {"AdamW, × optax.adamw": maker, **{name: found.get((maker, name), "") for name in names}}
+        for maker in dict.fromkeys(row["AdamW"] for row in table)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("only", nargs="*", help="parts of the names of trees")
-    only = parser.parse_args().only
-    table = []
-    for name, (tree, makers) in TREES.items():
-        if not only or any(part in name for part in only):
-            table += rows(name, tree(), makers)
-    report.write("step" if not only else "step-part", table)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measure(given.measure[0], bool(given.measure[1]))))
+        return
+    names = [name for name in TREES if not given.only or any(x in name for x in given.only)]
+    table = [row for name in names for row in rows(name)]
+    part = "-part" if given.only else ""
+    report.write(f"step{part}", table)
+    report.write(f"step_summary{part}", summary(table))
 
 
 if __name__ == "__main__":

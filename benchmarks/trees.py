@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -72,7 +73,7 @@ def mlp() -> Any:
     widths = (32, 80, 80, 10)
     return {
         f"layer{k}": {"kernel": (n, m), "bias": (m,)}
-        for k, (n, m) in enumerate(zip(widths, widths[1:], strict=False))
+        for k, (n, m) in enumerate(itertools.pairwise(widths))
     }
 
 
