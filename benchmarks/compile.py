@@ -89,8 +89,8 @@ def main() -> None:
         ("2000 equal leaves", trees.equal(2000)),
         ("400 distinct shapes", trees.distinct(400)),
     ):
-        add(f"trace + lower, {what}", functools.partial(Build, tree=tree), 7)
-        add(f"compile, {what}", lambda make, tree=tree: Build(make, tree).compile, 3)
+        add(f"trace + lower, {what}", functools.partial(Build, tree=tree), 5)
+        add(f"compile, {what}", lambda make, tree=tree: Build(make, tree).compile, 2)
     small = trees.gpt2(width=96, vocabulary=2048)
     add("eager update, GPT-2's 148 leaves, width 96", functools.partial(Eager, tree=small), 21)
     add("eager update, GPT-2 small", functools.partial(Eager, tree=trees.gpt2()), 7)

@@ -43,9 +43,7 @@ def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     print(table(rows))
     for page in PAGES:
-        text = page.read_text() if page.exists() else ""
-        if text:
-            page.write_text(filled(text, name, document))
+        page.write_text(filled(page.read_text(), name, document))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -60,13 +58,13 @@ def filled(page: str, name: str, document: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{p} {made[p]}" for p in ("jax", "optax", "torch") if p in made)
     told = f"{made['cpu']}, {made['cores']} cores, {versions}, {document['date']}"
     head, mark, rest = page.partition(f"<!-- benchmarks/{name} -->\n")
-    end = f"\n<!-- /benchmarks/{name} -->"
+    end = f"<!-- /benchmarks/{name} -->"
     if not mark or end not in rest:
         return page
     inside = (
         f"(`python -m benchmarks.{name.partition('_')[0]}`, {told})\n\n{table(document['rows'])}"
     )
-    return head + mark + inside + end + rest.partition(end)[2]
+    return f"{head}{mark}{inside}\n{end}{rest.partition(end)[2]}"
 
 
 def machine() -> dict[str, Any]:

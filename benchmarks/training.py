@@ -22,7 +22,7 @@ import adam_jax
 from adam_jax import tasks
 from benchmarks import report, step
 
-ROUNDS = 41
+ROUNDS = 21
 CLIP = optax.clip_by_global_norm(1.0)
 MAKERS: dict[str, Callable[[], Any]] = {
     "optax.adamw": lambda: optax.chain(CLIP, optax.adamw(1e-3, weight_decay=0.1)),

@@ -1,0 +1,20 @@
+"""The tables that pages show are the figures that benchmarks wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+report = pytest.importorskip("benchmarks.report", reason="benchmarks/ is not installed")
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
+def test_pages_show_what_was_measured(page):
+    text = page.read_text()
+    names = re.findall(r"<!-- benchmarks/(\w+) -->", text)
+    assert names
+    for name in names:
+        document = json.loads((report.RESULTS / f"{name}.json").read_text())
+        assert report.filled(text, name, document) == text, f"{name}: its table is another"
