@@ -360,7 +360,7 @@ def leaf(
     It returns the update, or with `lands` the new parameter, and what is stored. A generator: what
     has to be averaged over the whole leaf it yields, and is sent the means.
     `share` finds the largest of each block where this is only a part of them. With `ordered` what
-    is stored waits for the result.
+    is stored waits for the result. `place` is for random bits: without a key there need be none.
     """
     dtype = arithmetic_dtype(*storage.dtypes((u, g, p, stored)))
     real = jnp.finfo(dtype).dtype
@@ -390,7 +390,7 @@ def leaf(
         if not is_narrow(kept):
             u = u.astype(emitted).astype(dtype)  # as it would have been emitted
         bits = None
-        if key is not None and parameters.draws(kept):
+        if key is not None and place is not None and parameters.draws(kept):
             bits = random_bits(key[0], key[1], place)
         result = parameters.land(kept, jnp.add(p, u), bits)
     if key is not None and ordered:
@@ -398,7 +398,7 @@ def leaf(
     written = []
     for names, new, moments, t in results:
         draw = None
-        if key is not None and t is not None and storage.draws(moments):
+        if key is not None and place is not None and t is not None and storage.draws(moments):
             draw = functools.partial(random_bits, key[0], t, place)
         encode = functools.partial(storage.encode, draw=draw, share=share)
         written.append(tuple(map(encode, names, new, moments)))
