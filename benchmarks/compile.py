@@ -1,4 +1,4 @@
-"""What happens before and around a step: tracing, lowering, compiling, eager dispatch, retracing.
+"""What happens before and around a step: tracing, lowering, compiling, eager dispatch.
 
 python -m benchmarks.compile       # 10 minutes
 
@@ -35,7 +35,7 @@ def step(tx: Any) -> Callable[..., Any]:
 
 
 class Build:
-    """Builds a tree's step; a call returns the seconds to lower it, or to compile what is lowered.
+    """Builds a tree's step anew, again and again.
 
     Garbage is collected beforehand: a collection in the middle would be the loser's bad luck.
     """
@@ -52,14 +52,12 @@ class Build:
         lowered = jax.jit(step(tx), donate_argnums=(0, 1)).lower(self.params, state, self.params)
         return time.perf_counter() - start, lowered
 
-    def __call__(self) -> float:
-        return self.lower()[0]
-
-    def compile(self) -> float:
-        _, lowered = self.lower()
+    def seconds(self) -> tuple[float, float]:
+        """To trace and lower it, and to compile it."""
+        lowering, lowered = self.lower()
         start = time.perf_counter()
         lowered.compile()
-        return time.perf_counter() - start
+        return lowering, time.perf_counter() - start
 
 
 class Eager:
@@ -89,8 +87,9 @@ def main() -> None:
         ("2000 equal leaves", trees.equal(2000)),
         ("400 distinct shapes", trees.distinct(400)),
     ):
-        add(f"trace + lower, {what}", functools.partial(Build, tree=tree), 5)
-        add(f"compile, {what}", lambda make, tree=tree: Build(make, tree).compile, 2)
+        builds = {make: Build(make, tree) for make in ADAMW.values()}
+        add(f"trace + lower, {what}", lambda make, b=builds: lambda: b[make].lower()[0], 5)
+        add(f"compile, {what}", lambda make, b=builds: lambda: b[make].seconds()[1], 2)
     small = trees.gpt2(width=96, vocabulary=2048)
     add("eager update, GPT-2's 148 leaves, width 96", functools.partial(Eager, tree=small), 21)
     add("eager update, GPT-2 small", functools.partial(Eager, tree=trees.gpt2()), 7)

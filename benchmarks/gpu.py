@@ -99,9 +99,7 @@ class Run:
         self.step: Any = lowered.compile()
         held = bytes_of((self.params, self.grads, self.state))
         self.moved = 2 * held - bytes_of(self.grads)
-        memory = self.step.memory_analysis()
-        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        self.peak = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+        self.peak = report.peak(self.step)
         self.over = self.peak / held - 1
 
     def __call__(self) -> float:

@@ -8,7 +8,6 @@ Sizes take turns within a round; a time is the median over rounds.
 from __future__ import annotations
 
 import functools
-import time
 from typing import Any
 
 import jax
@@ -43,16 +42,8 @@ def per_leaf() -> list[dict[str, Any]]:
         figures = {}
         for count in COUNTS:
             build = Build(make, trees.equal(count))
-
-            def seconds(build: Build = build) -> float:
-                lowering, lowered = build.lower()
-                start = time.perf_counter()
-                lowered.compile()
-                return lowering + time.perf_counter() - start
-
-            figures[f"{count}"] = (
-                1e3 * float(np.median([seconds() for _ in range(2 if count < 2000 else 1)])) / count
-            )
+            seconds = [sum(build.seconds()) for _ in range(2 if count < 2000 else 1)]
+            figures[f"{count}"] = 1e3 * float(np.median(seconds)) / count
         rows.append(_row(f"{name}, trace + compile, ms per leaf", figures))
     return rows
 

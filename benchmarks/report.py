@@ -32,6 +32,13 @@ def turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.
     return dict(zip(runs, np.transpose(figures), strict=True))
 
 
+def peak(compiled: Any) -> int:
+    """The bytes that are there while a compiled step runs: operands, new results, temporaries."""
+    memory = compiled.memory_analysis()
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+
+
 def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints the rows as a Markdown table and writes them with the machine, versions and date.
 

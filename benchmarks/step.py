@@ -73,8 +73,9 @@ class Jitted(Run):
         self.held = jax.block_until_ready(self.jitted(*self.held, self.grads))
 
 
-def ours(storage: str, tree: Any) -> Run:
-    params, tx = trees.arrays(tree), adam_jax.adamw(1e-3, storage=storage)
+def stepped(tx: optax.GradientTransformation, tree: Any) -> Run:
+    """Ours, or Optax's, for which apply is update and apply_updates."""
+    params = trees.arrays(tree)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         return adam_jax.apply(tx, grads, state, params)
@@ -82,14 +83,12 @@ def ours(storage: str, tree: Any) -> Run:
     return Jitted(step, params, tx.init(params), trees.arrays(tree))
 
 
+def ours(storage: str, tree: Any) -> Run:
+    return stepped(adam_jax.adamw(1e-3, storage=storage), tree)
+
+
 def optax_adamw(mu_dtype: Any, tree: Any) -> Run:
-    params, tx = trees.arrays(tree), optax.adamw(1e-3, mu_dtype=mu_dtype)
-
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return Jitted(step, params, tx.init(params), trees.arrays(tree))
+    return stepped(optax.adamw(1e-3, mu_dtype=mu_dtype), tree)
 
 
 def flashoptim(tree: Any) -> Run:

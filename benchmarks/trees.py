@@ -95,5 +95,10 @@ def arrays(tree: Any, dtype: Any = jnp.float32) -> Any:
     return jax.tree.map(array, tree, is_leaf=_is_shape)
 
 
+def structs(tree: Any, dtype: Any = jnp.float32) -> Any:
+    """The same without numbers."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), tree, is_leaf=_is_shape)
+
+
 def _is_shape(x: Any) -> bool:
     return isinstance(x, tuple)

@@ -56,9 +56,8 @@ def random_bits(key: jax.Array, t: jax.Array, place: Place, name: str = "") -> j
     """32 random bits for each element of the leaf with this key at step t; other ones by name."""
     key = _mix(key ^ t.astype(jnp.uint32)) ^ jnp.uint32(name_key(name))
     row = _mix(place.row ^ key) + place.column
-    row = jax.lax.optimization_barrier(
-        row
-    )  # once for each row: fused, it would be for each element
+    # once for each row: fused, it would be for each element
+    row = jax.lax.optimization_barrier(row)
     return _mix(row + place.lane)
 
 
