@@ -46,11 +46,8 @@ def test_random_bits_look_random():
     assert len(np.unique(bits)) > 0.99 * (bits.size - bits.size**2 / 2**33)
     ones = np.unpackbits(bits.view(np.uint8)).mean()
     assert ones == pytest.approx(0.5, abs=1e-3)
-    for shifted in (
-        np.roll(bits, 1, 0),
-        np.roll(bits, 1, 1),
-        random_bits(4, bits.shape),
-    ):
+    lanes = [np.roll(bits, by, 1) for by in (1, 2, 16, 89, 128)]
+    for shifted in (np.roll(bits, 1, 0), random_bits(4, bits.shape), *lanes):
         correlation = np.corrcoef(bits.ravel() / 2**32, np.asarray(shifted).ravel() / 2**32)[0, 1]
         assert abs(correlation) < 0.01
 

@@ -8,6 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+GOLDEN = np.uint32(0x9E3779B9)
+"""2³² over the golden ratio: its multiples lie apart, so that half a `_mix` scatters them."""
 
 
 class Place(NamedTuple):
@@ -55,10 +59,11 @@ def name_key(name: str) -> int:
 def random_bits(key: jax.Array, t: jax.Array, place: Place, name: str = "") -> jax.Array:
     """32 random bits for each element of the leaf with this key at step t; other ones by name."""
     key = _mix(key ^ t.astype(jnp.uint32)) ^ jnp.uint32(name_key(name))
-    row = _mix(place.row ^ key) + place.column
+    row = _mix(place.row ^ key) + place.column * GOLDEN
     # once for each row: fused, it would be for each element
     row = jax.lax.optimization_barrier(row)
-    return _mix(row + place.lane)
+    x = row + place.lane * GOLDEN
+    return (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
 
 
 def _mix(x: jax.Array) -> jax.Array:
