@@ -416,7 +416,7 @@ def storage_error(state: chex.ArrayTree, exact: chex.ArrayTree | None = None) ->
     >>> run = lambda tx: tx.update(grads, tx.init(grads))[1]
     >>> coded, exact = (run(adam_jax.adam(1e-3, storage=s)) for s in ("int8", "float32"))
     >>> [f"{row.moment} {row.kept_in} {row.error:.0e}" for row in storage_error(coded, exact)]
-    ['mu int8 9e-03', 'nu uint8 5e-03']
+    ['mu int8 1e-02', 'nu uint8 5e-03']
     """
     kept, right = _by_leaf(state), None if exact is None else _by_leaf(exact)
     if right is not None and right.keys() != kept.keys():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -61,6 +63,21 @@ def test_a_float32_step_needs_no_more_temporaries_than_optax(name, donate):
     )
     scalars = 256 if name == "radam" else 0  # its averaging length takes a few more of them
     assert ours <= theirs + scalars
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_a_float32_step_has_the_kernels_of_optax(name):
+    """As many, with as many operands: where a step takes another time, it is not the program's."""
+
+    def kernels(module):
+        entry = compiled(getattr(module, name), donate=(0, 1)).as_text().partition("ENTRY")[2]
+        calls = re.findall(r"= (\S+) fusion\((.*?)\), kind", entry)
+        return sorted((result, operands.count("%")) for result, operands in calls)
+
+    ours = kernels(adam_jax)
+    assert len(ours) >= 6
+    assert ours == kernels(optax)
 
 
 def test_the_whole_state_is_donated():
