@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 GOLDEN = np.uint32(0x9E3779B9)
-"""2³² over the golden ratio: its multiples lie apart, so that half a `_mix` scatters them."""
+"""2³² over the golden ratio: its multiples lie far apart."""
 
 
 class Place(NamedTuple):
@@ -62,12 +62,15 @@ def random_bits(key: jax.Array, t: jax.Array, place: Place, name: str = "") -> j
     row = _mix(place.row ^ key) + place.column * GOLDEN
     # once for each row: fused, it would be for each element
     row = jax.lax.optimization_barrier(row)
-    x = row + place.lane * GOLDEN
-    return (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
+    return _half_mix(row + place.lane * GOLDEN)
 
 
 def _mix(x: jax.Array) -> jax.Array:
     """A bijection of 32-bit integers in which every input bit moves every output bit."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
+    x = _half_mix((x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD))
     return x ^ (x >> 15)
+
+
+def _half_mix(x: jax.Array) -> jax.Array:
+    """One multiplication of the two: enough for integers that lie far apart."""
+    return (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
