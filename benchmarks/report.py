@@ -32,9 +32,9 @@ def turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.
     Each round has an order of its own: what a run follows can cost it a tenth.
     """
     figures: dict[str, list[float]] = {name: [] for name in runs}
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in tqdm(range(rounds), leave=False):
-        for name in random.permutation(list(runs)):
+        for name in rng.permutation(list(runs)):
             figures[name].append(runs[name]())
     return {name: np.array(values) for name, values in figures.items()}
 

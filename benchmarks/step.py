@@ -187,7 +187,7 @@ def measure(name: str, backwards: bool) -> dict[str, Any]:
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    """What was measured on a tree, in processes: memory that is laid out first is faster."""
+    """What was measured on a tree, in processes: where its arrays lie differs between them."""
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache:  # 2000 shapes are compiled once, not every time
         env = os.environ | QUIET | {"JAX_COMPILATION_CACHE_DIR": cache}

@@ -68,7 +68,7 @@ def test_a_float32_step_needs_no_more_temporaries_than_optax(name, donate):
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_a_float32_step_has_the_kernels_of_optax(name):
-    """As many, with as many operands: where a step takes another time, it is not the program's."""
+    """As many, with the same results and as many operands."""
 
     def kernels(module):
         entry = compiled(getattr(module, name), donate=(0, 1)).as_text().partition("ENTRY")[2]

@@ -67,7 +67,7 @@ def random_bits(key: jax.Array, t: jax.Array, place: Place, name: str = "") -> j
 
 def _mix(x: jax.Array) -> jax.Array:
     """A bijection of 32-bit integers in which every input bit moves every output bit."""
-    x = _half_mix((x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD))
+    x = _half_mix((x ^ (x >> 16)) * np.uint32(0x21F0AAAD))
     return x ^ (x >> 15)
 
 
