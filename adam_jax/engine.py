@@ -22,7 +22,7 @@ import optax
 from adam_jax import checks, hyperparams, parameters, storage
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.declare import Rule
-from adam_jax.implementations import IMPLEMENTATIONS, Step
+from adam_jax.implementations import IMPLEMENTATIONS, Step, orders
 from adam_jax.parameters import is_narrow
 from adam_jax.paths import path_string
 from adam_jax.states import count_fields, state_class
@@ -144,6 +144,10 @@ class Chain:
         results = tree.with_leaves([result for result, _ in stepped])
         return results, self._next(tree, states, steps, [written for _, written in stepped])
 
+    def _ends(self) -> bool:
+        """Whether its updates are what parameters get, most likely: a learning rate scaled them."""
+        return any("learning_rate" in link.rule.hyperparams for link in self.links)
+
     def _own(self, state: Any) -> list[Any]:
         """The state of each link, out of the masks around them."""
         masked = [link.mask is not None for link in self.links]
@@ -215,7 +219,12 @@ class Chain:
         draw = p.draw if is_narrow(p) else None
         key = _key(path, draw) if storage.draws(stored) or draw is not None else None
         run = IMPLEMENTATIONS[self.implementation]
-        p = (p if draw is None else p._replace(draw=None)) if wants_p or lands else None
+        # what is drawn waits for the parameter that apply_updates will make
+        waits = key is not None and self._ends() and orders()
+        if draw is not None:
+            p = p._replace(draw=None)
+        elif not (wants_p or lands or (waits and np.shape(p) == np.shape(u))):
+            p = None
         used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
         settings = Settings(stages, layout, run, lands)
         result, new = run_leaf(u, g, p, used, scalars, key, settings=settings)
@@ -360,7 +369,8 @@ def leaf(
     It returns the update, or with `lands` the new parameter, and what is stored. A generator: what
     has to be averaged over the whole leaf it yields, and is sent the means.
     `share` finds the largest of each block where this is only a part of them. With `ordered` what
-    is stored waits for the result. `place` is for random bits: without a key there need be none.
+    is stored waits for the new parameter. `place` is for random bits: without a key there need be
+    none.
     """
     dtype = arithmetic_dtype(*storage.dtypes((u, g, p, stored)))
     real = jnp.finfo(dtype).dtype
@@ -393,8 +403,8 @@ def leaf(
         if key is not None and place is not None and parameters.draws(kept):
             bits = random_bits(key[0], key[1], place)
         result = parameters.land(kept, jnp.add(p, u), bits)
-    if key is not None and ordered:
-        key = after(jax.tree.leaves(result)[0], key)
+    if key is not None and ordered and kept is not None:
+        key = after(jax.tree.leaves(result)[0] if lands else _landed(kept, result), key)
     written = []
     for names, new, moments, t in results:
         draw = None
@@ -403,6 +413,12 @@ def leaf(
         encode = functools.partial(storage.encode, draw=draw, share=share)
         written.append(tuple(map(encode, names, new, moments)))
     return result, written
+
+
+def _landed(p: Any, update: Any) -> Any:
+    """The parameter that the update makes, computed as Optax does it, so that XLA sees one sum."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.apply_updates(p, update)
 
 
 def _apply(rule: Rule, u: jax.Array, moments: Sequence[jax.Array], **keywords: Any) -> Any:

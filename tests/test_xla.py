@@ -1,4 +1,4 @@
-"""Plain XLA on one CPU: what is stored waits for the result, so that XLA writes it in place."""
+"""Plain XLA on one CPU: what is stored waits for the parameter, so that XLA writes it in place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_contract import optimizer
 
@@ -19,21 +20,33 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
+def update_and_apply(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+WAYS = [adam_jax.apply, update_and_apply]
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("name", LIKE_ADAM)
-def test_bfloat16_state_is_written_in_place(name, monkeypatch):
+def test_bfloat16_state_is_written_in_place(name, dtypes, way, monkeypatch):
     one_device(monkeypatch)
     tx = optimizer(name, storage="bfloat16")
-    p = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    p, g = (jax.ShapeDtypeStruct(SHAPE, dtype) for dtype in dtypes)
 
     def step(params, state, grads):
-        return adam_jax.apply(tx, grads, state, params)
+        return way(tx, grads, state, params)
 
     state = jax.eval_shape(tx.init, p)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(p, state, p).compile()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(p, state, g).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 10_000
 
 
-def test_the_order_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_order_changes_nothing(way, monkeypatch):
     """Also where the element that is waited for is NaN or Inf."""
     shape = (33, 130)
     tx = adam_jax.adamw(1e-3, storage="bfloat16")
@@ -45,7 +58,7 @@ def test_the_order_changes_nothing(monkeypatch):
         params = jnp.ones(shape)
         state = tx.init(params)
         for g in grads:
-            params, state = jax.jit(lambda p, s, g: adam_jax.apply(tx, g, s, p))(params, state, g)
+            params, state = jax.jit(lambda p, s, g: way(tx, g, s, p))(params, state, g)
         return params, state
 
     before = run()

@@ -7,8 +7,9 @@ from typing import Any
 
 from adam_jax.implementations import auto, pallas, stream, xla
 from adam_jax.implementations.steps import Step
+from adam_jax.implementations.xla import orders
 
-__all__ = ["IMPLEMENTATIONS", "Step"]
+__all__ = ["IMPLEMENTATIONS", "Step", "orders"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "auto": auto.run,

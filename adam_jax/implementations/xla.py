@@ -16,10 +16,15 @@ def run(
     leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
 ) -> Any:
     """The step of the whole leaf at once."""
-    del asks
-    # a new parameter is in memory when it is made, an update may be fused into what follows; and
-    # one of its elements is at hand where the leaf is not spread over devices
-    ordered = over == 2 and jax.default_backend() == "cpu" and jax.device_count() == 1
+    del asks, over
     place = None if operands[-1] is None else whole(u.shape)  # for random bits alone
-    step = leaf(u, *operands, place, ordered=ordered)
+    step = leaf(u, *operands, place, ordered=orders())
     return finish(step, lambda xs: [jnp.mean(x) for x in xs])
+
+
+def orders() -> bool:
+    """Whether what is stored waits for the new parameter, so that XLA:CPU writes it in place.
+
+    One of its elements is at hand only where leaves are not spread over devices.
+    """
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
