@@ -1,6 +1,6 @@
 """The time of AdamW's step, beside Optax, PyTorch, other 8-bit packages and what memory allows.
 
-python -m benchmarks.step                  # all trees, 35 minutes; peers join if installed
+python -m benchmarks.step                  # all trees, 40 minutes; peers join if installed
 python -m benchmarks.step "10k" "ResNet"   # the trees with these in their names
 
 pip install torch==2.13.0 torchao==0.18.0 flashoptim-jax==0.1.0 brings the peers along.
@@ -8,8 +8,10 @@ pip install torch==2.13.0 torchao==0.18.0 flashoptim-jax==0.1.0 brings the peers
 A step is (params, state, gradients) → (params, state), params and state donated, in this order: a
 donated array goes to the next result of its shape. All optimizers of a tree take turns in one
 process, and in three more, of which two build them in reverse; "× optax" is the median of the
-ratios within each round. The limit is what a float32 step reads and writes, 28 bytes per element,
-at the rate at which an array is scaled in place.
+ratios within each round. Programs with operands of the same shapes and dtypes work on the same
+arrays in turn, so that it does not decide between Optax's float32 step and ours where theirs lie.
+The limit is what a float32 step reads and writes, 28 bytes per element, at the rate at which an
+array is scaled in place.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +67,13 @@ class Run:
 class Jitted(Run):
     """One compiled function of (params, state, gradients)."""
 
+    alike: ClassVar[dict[Any, tuple[list[jax.Array], Any]]] = {}
+    """By shapes and dtypes: the params and state that programs work on in turn, and gradients."""
+
     def __init__(self, step: Callable[..., Any], params: Any, state: Any, grads: Any):
-        self.held, self.grads = (params, state), grads
+        leaves, self.treedef = jax.tree.flatten((params, state))
+        types = tuple((x.shape, x.dtype) for x in leaves)
+        self.arrays, self.grads = self.alike.setdefault(types, (leaves, grads))
         self.jitted = jax.jit(step, donate_argnums=(0, 1))
         compiled: Any = self.jitted.lower(params, state, grads).compile()
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -75,23 +82,34 @@ class Jitted(Run):
     def step(self) -> None:
         self.held = jax.block_until_ready(self.jitted(*self.held, self.grads))
 
+    def __call__(self) -> float:
+        self.held = self.treedef.unflatten(self.arrays)
+        seconds = super().__call__()
+        self.arrays[:] = jax.tree.leaves(self.held)
+        return seconds
 
-def stepped(tx: optax.GradientTransformation, tree: Any) -> Run:
-    """Ours, or Optax's, for which apply is update and apply_updates."""
+
+def stepped(way: Callable[..., Any], tx: optax.GradientTransformation, tree: Any) -> Run:
     params = trees.arrays(tree)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
-        return adam_jax.apply(tx, grads, state, params)
+        return way(tx, grads, state, params)
 
     return Jitted(step, params, tx.init(params), trees.arrays(tree))
 
 
-def ours(storage: str, tree: Any) -> Run:
-    return stepped(adam_jax.adamw(1e-3, storage=storage), tree)
+def update(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any) -> Any:
+    """A step as Optax's users write it."""
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def ours(storage: str, way: Callable[..., Any], tree: Any) -> Run:
+    return stepped(way, adam_jax.adamw(1e-3, storage=storage), tree)
 
 
 def optax_adamw(mu_dtype: Any, tree: Any) -> Run:
-    return stepped(optax.adamw(1e-3, mu_dtype=mu_dtype), tree)
+    return stepped(update, optax.adamw(1e-3, mu_dtype=mu_dtype), tree)
 
 
 def flashoptim(tree: Any) -> Run:
@@ -149,13 +167,14 @@ class Limit(Run):
 
 MAKERS: dict[str, Callable[[Any], Run]] = {
     "optax.adamw": functools.partial(optax_adamw, None),
-    "adam_jax float32": functools.partial(ours, "float32"),
+    "adam_jax float32": functools.partial(ours, "float32", update),
     "torch fused": functools.partial(torch_adamw, "fused"),
     "torch foreach": functools.partial(torch_adamw, "foreach"),
     "limit of float32": Limit,
     "optax.adamw, mu_dtype=bfloat16": functools.partial(optax_adamw, jnp.bfloat16),
-    "adam_jax bfloat16": functools.partial(ours, "bfloat16"),
-    "adam_jax int8": functools.partial(ours, "int8"),
+    "adam_jax bfloat16": functools.partial(ours, "bfloat16", update),
+    "adam_jax int8, update": functools.partial(ours, "int8", update),
+    "adam_jax int8, apply": functools.partial(ours, "int8", adam_jax.apply),
     "flashoptim-jax 8-bit": flashoptim,
     "torchao 8-bit": torchao_adamw,
 }
