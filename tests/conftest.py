@@ -21,8 +21,11 @@ hypothesis.settings.load_profile("unhurried")
 gc.set_threshold(200_000, 50, 1000)  # traces are many small objects that live long
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "standard_promotion: goes through parts of Optax")
+@pytest.fixture(autouse=True)
+def quickly(request: pytest.FixtureRequest):
+    """Most of the time XLA compiles; but for `slow` tests it leaves out most of LLVM's passes."""
+    slow = request.node.get_closest_marker("slow") is not None
+    jax.config.update("jax_disable_most_optimizations", not slow)
 
 
 @pytest.fixture(autouse=True)

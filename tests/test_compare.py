@@ -251,6 +251,7 @@ def test_a_missing_package_is_named(package, act, monkeypatch):
             run({"adam": adam_jax.adam}, progress=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_command(task, tmp_path, capsys):
     path = tmp_path / "compare.png"

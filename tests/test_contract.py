@@ -21,7 +21,8 @@ import adam_jax
 from adam_jax import positive, rule, signed
 from adam_jax.engine import run_leaf
 
-PARAMS = {"dense": {"kernel": (8, 4), "bias": (4,)}, "scale": ()}
+# two leaves of one shape: each rule is compiled for each shape
+PARAMS = {"dense": {"kernel": (8, 4), "gate": (8, 4)}, "scale": ()}
 
 
 @rule(mu=signed, nu=positive)
@@ -245,11 +246,11 @@ def test_chain_masked_partition_and_conditionals(name):
     updates, _ = chained.update(grads, chained.init(params), params)
     chex.assert_trees_all_equal(updates, expected)
 
-    mask = {"dense": {"kernel": True, "bias": False}, "scale": True}
+    mask = {"dense": {"kernel": True, "gate": False}, "scale": True}
     masked = optax.masked(plain, mask)
     updates, _ = masked.update(grads, masked.init(params), params)
     chex.assert_trees_all_equal(updates["dense"]["kernel"], expected["dense"]["kernel"])
-    chex.assert_trees_all_equal(updates["dense"]["bias"], grads["dense"]["bias"])
+    chex.assert_trees_all_equal(updates["dense"]["gate"], grads["dense"]["gate"])
 
     labels = {"dense": "train", "scale": "freeze"}
     parts = optax.partition({"train": plain, "freeze": optax.set_to_zero()}, labels)

@@ -98,6 +98,7 @@ def assert_close(ours, expected):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_rule
 def test_every_layout_gives_the_run_on_one_device(name):
     """Random rounding included: draws depend on an element's place in the whole array."""

@@ -183,6 +183,7 @@ def test_the_displacement_is_that_of_float32():
     assert jnp.mean((moved - exact) ** 2) <= 1e-3 * jnp.mean(exact**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 @pytest.mark.parametrize("b2, steps, within", [(0.999, 6000, 0.05), (0.9999, 26000, 0.1)])
 def test_nu_follows_gradients_that_fall_in_half_of_each_block(storage, b2, steps, within):

@@ -123,6 +123,7 @@ def scanned(tx, params, steps):
     return jax.jit(run)(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [
@@ -191,6 +192,7 @@ def test_seeds_draw_differently_and_equal_seeds_alike():
 # Every optimizer inside, parameters of every kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, wrap",
     [(name, WRAPPERS["24 bits"]) for name in RULES] + [("adam", w) for w in WRAPPERS.values()],
@@ -340,6 +342,7 @@ def regression(dtype):
     return loss, {"kernel": jnp.full((8, 4), 0.1, dtype), "bias": jnp.zeros(4, dtype)}
 
 
+@pytest.mark.slow
 @every_wrapper
 def test_accumulation_and_finite_guard_outside(wrap):
     loss, start = regression(BFLOAT16)

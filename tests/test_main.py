@@ -38,6 +38,7 @@ def size_of_png(path: Path) -> tuple[int, int]:
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
+@pytest.mark.slow
 def test_the_default_run(tmp_path):
     done = train("--plot", str(tmp_path / "p.png"))
     assert done.returncode == 0, done.stderr
@@ -54,6 +55,7 @@ def test_the_default_run(tmp_path):
     assert min(size_of_png(tmp_path / "p.png")) >= 600
 
 
+@pytest.mark.slow
 def test_options(tmp_path):
     path = tmp_path / "p.png"
     options = "--optimizer nadam --storage bfloat16 --steps 7 --learning-rate 0.01 --seed 3"
@@ -63,6 +65,7 @@ def test_options(tmp_path):
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_the_losses_overlap():
     code = """if True:
         import numpy as np

@@ -79,6 +79,7 @@ def assert_same(ours, expected, codes=0):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_rule
 def test_every_rule_in_every_format(name):
     ours, expected = (
@@ -136,6 +137,7 @@ def interpreted(request, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "pallas", functools.partial(pallas.run))  # traced anew
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name, shapes", [("adabelief", SHAPES), ("stable_adamw", SHAPES[3:5])])
 def test_every_shape(name, shapes):
@@ -278,6 +280,7 @@ def test_a_gradient_through_a_kernel_is_an_error():
 # Sharded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
     "shape, spec",

@@ -27,6 +27,7 @@ from benchmarks.devices import MODES  # noqa: E402
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 def test_two_processes_train_save_and_one_goes_on():
     ran = subprocess.run(
         [sys.executable, ROOT / "examples" / "two_processes.py"],

@@ -125,6 +125,7 @@ def on_one_device(name, layout):
     return jax.device_get(trained(make(name), start, grads)[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_twenty_steps_are_those_of_one_device(name, layout):
@@ -223,6 +224,7 @@ def network(mesh, explicit):
     return jax.device_put(params, whole), jax.device_put(x, rows), loss
 
 
+@pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("applied", [False, True], ids=["update", "apply"])
 def test_zero1_gathers_parameters_or_updates_and_nothing_of_the_state(axis_type, applied):

@@ -84,6 +84,7 @@ def trajectory(tx, params, transform=jax.jit, steps=3):
     return updates, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, shape",
     [
@@ -164,6 +165,7 @@ def sent(program):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
     "shape, spec",
