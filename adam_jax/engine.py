@@ -223,7 +223,7 @@ class Chain:
         waits = key is not None and self._ends() and orders()
         if draw is not None:
             p = p._replace(draw=None)
-        elif not (wants_p or lands or (waits and np.shape(p) == np.shape(u))):
+        elif not (wants_p or lands or waits):
             p = None
         used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
         settings = Settings(stages, layout, run, lands)

@@ -1,6 +1,6 @@
 """The time of AdamW's step, beside Optax, PyTorch, other 8-bit packages and what memory allows.
 
-python -m benchmarks.step                  # all trees, 40 minutes; peers join if installed
+python -m benchmarks.step                  # all trees, 50 minutes; peers join if installed
 python -m benchmarks.step "10k" "ResNet"   # the trees with these in their names
 
 pip install torch==2.13.0 torchao==0.18.0 flashoptim-jax==0.1.0 brings the peers along.

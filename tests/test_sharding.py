@@ -382,6 +382,7 @@ def test_nnx_keeps_the_shardings_of_its_parameters(axis_type):
     assert codes.sharding.is_equivalent_to(NamedSharding(mesh, P("data", "model")), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_checkpoint_of_eight_devices_resumes_on_fewer(tmp_path, devices):
     def setup(count):

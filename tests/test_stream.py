@@ -202,6 +202,7 @@ def test_means_over_a_sharded_leaf_are_of_the_whole_leaf():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 def test_nnx_with_scales_that_do_not_divide(jitted):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
