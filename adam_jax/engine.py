@@ -144,8 +144,8 @@ class Chain:
         results = tree.with_leaves([result for result, _ in stepped])
         return results, self._next(tree, states, steps, [written for _, written in stepped])
 
-    def _ends(self) -> bool:
-        """Whether its updates are what parameters get, most likely: a learning rate scaled them."""
+    def _scaled(self) -> bool:
+        """Whether a learning rate scales its updates: then, most likely, parameters get them."""
         return any("learning_rate" in link.rule.hyperparams for link in self.links)
 
     def _own(self, state: Any) -> list[Any]:
@@ -220,7 +220,7 @@ class Chain:
         key = _key(path, draw) if storage.draws(stored) or draw is not None else None
         run = IMPLEMENTATIONS[self.implementation]
         # what is drawn waits for the parameter that apply_updates will make
-        waits = key is not None and self._ends() and orders()
+        waits = key is not None and self._scaled() and orders()
         if draw is not None:
             p = p._replace(draw=None)
         elif not (wants_p or lands or waits):

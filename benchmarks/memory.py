@@ -18,12 +18,13 @@ import optax
 
 import adam_jax
 from benchmarks import report, trees
+from benchmarks.step import update
 
 
 class Case(NamedTuple):
     make: Callable[[], Any]
     dtype: Any = jnp.float32
-    apply: bool = False
+    way: Callable[..., Any] = update
 
 
 def ours(storage: str) -> Any:
@@ -38,14 +39,14 @@ CASES = {
     "optax.adamw": Case(lambda: optax.adamw(1e-3)),
     "optax.adamw, mu_dtype=bfloat16": Case(lambda: optax.adamw(1e-3, mu_dtype=jnp.bfloat16)),
     **{
-        f"adam_jax {storage}, {'apply' if way else 'update'}": Case(
-            functools.partial(ours, storage), apply=way
-        )
+        f"adam_jax {storage}, {way.__name__}": Case(functools.partial(ours, storage), way=way)
         for storage in ("float32", "bfloat16", "int8")
-        for way in (False, True)
+        for way in (update, adam_jax.apply)
     },
     "adam_jax int8, bfloat16 + master_weights(24), update": Case(masters, jnp.bfloat16),
-    "adam_jax int8, bfloat16 + master_weights(24), apply": Case(masters, jnp.bfloat16, True),
+    "adam_jax int8, bfloat16 + master_weights(24), apply": Case(
+        masters, jnp.bfloat16, adam_jax.apply
+    ),
 }
 
 
@@ -55,10 +56,7 @@ def row(name: str, case: Case) -> dict[str, str]:
     state = jax.eval_shape(tx.init, params)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
-        if case.apply:
-            return adam_jax.apply(tx, grads, state, params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return case.way(tx, grads, state, params)
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
     count = trees.elements(trees.gpt2())

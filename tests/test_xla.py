@@ -6,9 +6,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from test_contract import optimizer
+from test_devices import step_of
 
 import adam_jax
 
@@ -20,12 +20,11 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
-def update_and_apply(tx, grads, state, params):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
+def applied(tx):
+    return lambda params, state, grads: adam_jax.apply(tx, grads, state, params)
 
 
-WAYS = [adam_jax.apply, update_and_apply]
+WAYS = [applied, step_of]  # by update and optax.apply_updates
 
 
 @pytest.mark.standard_promotion
@@ -36,12 +35,8 @@ def test_bfloat16_state_is_written_in_place(name, dtypes, way, monkeypatch):
     one_device(monkeypatch)
     tx = optimizer(name, storage="bfloat16")
     p, g = (jax.ShapeDtypeStruct(SHAPE, dtype) for dtype in dtypes)
-
-    def step(params, state, grads):
-        return way(tx, grads, state, params)
-
     state = jax.eval_shape(tx.init, p)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(p, state, g).compile()
+    compiled = jax.jit(way(tx), donate_argnums=(0, 1)).lower(p, state, g).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 10_000
 
 
@@ -58,7 +53,7 @@ def test_the_order_changes_nothing(way, monkeypatch):
         params = jnp.ones(shape)
         state = tx.init(params)
         for g in grads:
-            params, state = jax.jit(lambda p, s, g: way(tx, g, s, p))(params, state, g)
+            params, state = jax.jit(way(tx))(params, state, g)
         return params, state
 
     before = run()
