@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import optax
@@ -9,9 +10,9 @@ import optax
 from adam_jax import rules
 from adam_jax.engine import lift, link
 from adam_jax.parameters import any_narrow, full, widened
-from adam_jax.transformation import applies
+from adam_jax.transformation import emits_params, source_of
 
-_LAND = lift([link(rules.identity, {})], "auto", "apply", bare=True)
+_EMIT = source_of(lift([link(rules.identity, {})], "auto", "apply", bare=True)).step
 
 
 def apply(
@@ -47,24 +48,32 @@ def apply(
     >>> params
     {'w': Array([2.875], dtype=float32)}
     """
-    if applies(tx):
-        return step(tx, grads, state, params, apply=True, **extra)
+    if emits_params(tx):
+        update: Any = tx.update
+        return update.function(grads, state, params, extra, emit_params=True)
     updates, new = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), new
 
 
 def step(
-    tx: Any, updates: optax.Updates, state: Any, params: Any, *, apply: bool, **extra: Any
+    tx: Any,
+    updates: optax.Updates,
+    state: Any,
+    params: Any,
+    extra: Mapping[str, Any],
+    *,
+    emit_params: bool,
 ) -> tuple[Any, Any]:
-    """One step of any transformation on parameters that may be Narrow, which it gives anew.
+    """Step any transformation on parameters that may be Narrow, which are returned anew.
 
-    Of the others it gives the update, or with `apply` the new parameter, too.
+    For the others return the update, or with `emit_params` the new parameter, too.
     """
-    if applies(tx):
-        return tx.update(updates, state, params, apply=apply, **extra)
+    if emits_params(tx):
+        return tx.update.function(updates, state, params, extra, emit_params=emit_params)
     whole = full(params)
     updates = widened(updates, params)
     updates, state = optax.with_extra_args_support(tx).update(updates, state, whole, **extra)
-    if not (apply or any_narrow(params)):
+    if not (emit_params or any_narrow(params)):
         return updates, state
-    return _LAND.update(updates, optax.EmptyState(), params, apply=apply)[0], state
+    emitted, _ = _EMIT(updates, optax.EmptyState(), params, {}, emit_params=emit_params)
+    return emitted, state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from adam_jax.applying import step
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.engine import Chain, link
 from adam_jax.parameters import full, widened
-from adam_jax.transformation import Transformation, told
+from adam_jax.transformation import Transformation, is_last, made_of, source_of, told
 
 
 def chain(*transformations: optax.GradientTransformation) -> Transformation:
@@ -40,17 +41,17 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
         checks.nothing_after(transformations[:-1])
     chained = optax.chain(*transformations)
     limits = [
-        _max_norm(tx) if isinstance(getattr(after, "source", None), Chain) else None
+        _max_norm(tx) if isinstance(source_of(after), Chain) else None
         for tx, after in zip(transformations, (*transformations[1:], None), strict=False)
     ]
 
     def update(
         updates: optax.Updates,
         state: optax.OptState,
-        params: optax.Params | None = None,
+        params: optax.Params | None,
+        extra: Mapping[str, Any],
         *,
-        apply: bool = False,
-        **extra: Any,
+        emit_params: bool,
     ) -> tuple[Any, optax.OptState]:
         checks.chained(state, len(transformations))
         states: Any = state
@@ -59,19 +60,18 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
         for k, (tx, s, next_limit) in enumerate(zip(transformations, states, limits, strict=True)):
             if k < last and next_limit is None:
                 updates = widened(updates, params)
-            here = {"params": params if k == last else full(params), "apply": apply and k == last}
+            seen, emits = (params, emit_params) if k == last else (full(params), False)
             if limit is not None:
-                updates, s = _clipped(limit, tx, updates, s, **here)
+                updates, s = _clipped(limit, tx, updates, s, seen, extra, emits)
             elif next_limit is None:
-                updates, s = step(tx, updates, s, **here, **extra)
+                updates, s = step(tx, updates, s, seen, extra, emit_params=emits)
             new.append(s)
             limit = next_limit
         return updates, tuple(new)
 
     text = f"chain({', '.join(map(told, transformations))})"
-    made = Transformation(chained.init, update)
-    ends = bool(transformations) and getattr(transformations[-1], "last", False)
-    return made.made_of(transformations, text, applies=bool(transformations), last=ends)
+    ends = bool(transformations) and is_last(transformations[-1])
+    return made_of(transformations, chained.init, update, text, emits_params=True, last=ends)
 
 
 def _max_norm(tx: optax.GradientTransformation) -> Any:
@@ -82,15 +82,21 @@ def _max_norm(tx: optax.GradientTransformation) -> Any:
 
 
 def _clipped(
-    limit: Any, tx: Any, updates: optax.Updates, state: Any, params: Any, apply: bool
+    limit: Any,
+    tx: Any,
+    updates: optax.Updates,
+    state: Any,
+    params: Any,
+    extra: Mapping[str, Any],
+    emit_params: bool,
 ) -> tuple[Any, Any]:
     """A step of one of our optimizers with clipping for its first link."""
-    steps: Chain = tx.source
+    steps: Chain = source_of(tx)
     norm = optax.tree.norm(jax.tree.map(lambda u: u.astype(arithmetic_dtype(u.dtype)), updates))
     front = link(rules.clip, {"norm": norm, "max_norm": limit})
     with_clip = dataclasses.replace(steps, links=(front, *steps.links), bare=False)
     states = (optax.EmptyState(), *((state,) if steps.bare else state))
     with checks.naming(steps.name):
-        updates, new = with_clip.update(updates, states, params, apply=apply)
+        updates, new = with_clip.step(updates, states, params, extra, emit_params=emit_params)
     after: Any = new
     return updates, after[1] if steps.bare else after[1:]

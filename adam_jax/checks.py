@@ -483,7 +483,7 @@ def as_many(parameters: Sequence[Any], rests: Sequence[Any]) -> None:
 def nothing_after(transformations: Sequence[Any]) -> None:
     """What lands exactly must be the last to touch the updates."""
     for tx in transformations:
-        if getattr(tx, "last", False):
+        if getattr(getattr(tx, "update", None), "last", False):
             raise ValueError(
                 f"{who()}: {tx!r} computes updates that land exactly, and nothing may change them; "
                 f"put it outermost, e.g. master_weights(chain(clip, adamw))"

@@ -19,7 +19,7 @@ from adam_jax.compare import looks
 from adam_jax.declare import Rule
 from adam_jax.paths import path_string, search
 from adam_jax.states import moment_fields, named_tuples, stored_moments
-from adam_jax.transformation import Transformation, labelled_parts, told
+from adam_jax.transformation import Transformation, is_last, labelled_parts, made_of, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +130,7 @@ def record(
         return updates, RecordState(step, at, values, new)
 
     text = f"record({told(tx)}, every={every})"
-    return Transformation(init, update).made_of((tx,), text, last=getattr(tx, "last", False))
+    return made_of((tx,), init, update, text, last=is_last(tx))
 
 
 Groups: TypeAlias = tuple[tuple[str, str], ...]

@@ -28,7 +28,7 @@ from adam_jax.paths import path_string
 from adam_jax.states import count_fields, state_class
 from adam_jax.storage import Blocks
 from adam_jax.storage.noise import Place, after, name_key, random_bits
-from adam_jax.transformation import Transformation
+from adam_jax.transformation import Transformation, made_of
 
 Stages: TypeAlias = tuple[tuple[Rule, tuple[tuple[str, Any], ...]] | None, ...]
 """Rules with their options; None where a mask keeps a rule off the leaf."""
@@ -100,8 +100,8 @@ class Chain:
     bare: bool
 
     def transformation(self) -> Transformation:
-        init, update = checks.naming(self.name)(self.init), checks.naming(self.name)(self.update)
-        return Transformation(init, update).made_of(self, applies=True)
+        named = checks.naming(self.name)
+        return made_of(self, named(self.init), named(self.step), emits_params=True)
 
     def init(self, params: optax.Params) -> optax.OptState:
         """The state before the first step: moments at their start, counts at 0."""
@@ -109,20 +109,20 @@ class Chain:
         states = tuple(_init(each, params) for each in self.links)
         return states[0] if self.bare else states
 
-    def update(
+    def step(
         self,
         updates: optax.Updates,
         state: optax.OptState,
-        params: optax.Params | None = None,
+        params: optax.Params | None,
+        extra: Mapping[str, Any],
         *,
-        apply: bool = False,
-        beside: optax.Updates | None = None,
-        **extra: Any,
+        emit_params: bool,
+        grads: optax.Updates | None = None,
     ) -> tuple[Any, optax.OptState]:
-        """One step: what to add to the parameters, and the new state. Ignores extra arguments.
+        """Return what to add to the parameters, and the new state. Extra arguments are ignored.
 
-        With `apply` it gives the new parameters instead; of `Narrow` ones always. `beside` holds
-        the gradients, where `updates` are another transformation's direction.
+        With `emit_params` return the new parameters instead; `Narrow` ones are always returned.
+        `grads` holds the gradients if `updates` are the direction of another transformation.
         """
         del extra
         states = self._own(state)
@@ -131,10 +131,10 @@ class Chain:
         tree = Tree(updates)
         moments = self._moments(tree, states)
         stepped = [
-            self._step_leaf(path, u, g, p, stored, stages, scalars, layout, apply)
+            self._step_leaf(path, u, g, p, stored, stages, scalars, layout, emit_params)
             for (path, u), g, p, stored, stages in zip(
                 tree.leaves,
-                tree.like("gradients", beside),
+                tree.like("gradients", grads),
                 tree.like("parameters", params),
                 moments,
                 self._stages(tree),
@@ -197,10 +197,10 @@ class Chain:
         stages: Stages,
         scalars: jax.Array,
         layout: Any,
-        apply: bool,
+        emit_params: bool,
     ) -> tuple[Any, Sequence[tuple[Any, ...]]]:
         """Checks one leaf and runs the rules on it; a leaf without a gradient stays as it is."""
-        lands = apply or is_narrow(p)
+        lands = emit_params or is_narrow(p)
         if u is None:
             return p if lands else None, stored
         if getattr(u, "dtype", None) == jax.dtypes.float0:

@@ -11,7 +11,7 @@ import jax
 import optax
 
 from adam_jax.paths import path_string
-from adam_jax.transformation import Transformation, told
+from adam_jax.transformation import Transformation, made_of, told
 
 Settings = Mapping[str, Any] | str | optax.GradientTransformation
 
@@ -69,7 +69,7 @@ def groups(
         return partitioned.init(params)
 
     text = f"groups({', '.join(f'{p!r}: {told(tx)}' for p, tx in parts.items())})"
-    return Transformation(init, partitioned.update).made_of(parts, text)
+    return made_of(parts, init, partitioned.update, text)
 
 
 def _optimizer(

@@ -8,6 +8,7 @@ runs, a copy of the parameters is needed; `adam_jax.apply` steps them in place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -22,7 +23,7 @@ from adam_jax.engine import Tree
 from adam_jax.parameters import Narrow, is_narrow, read, value
 from adam_jax.states import named_tuples
 from adam_jax.storage import is_variable, plain
-from adam_jax.transformation import Transformation, told
+from adam_jax.transformation import Transformation, made_of, told
 
 REST = {32: jnp.int16, 24: jnp.int8}
 """What the bits of a master below its upper 16 are kept in."""
@@ -181,10 +182,10 @@ def _around(
     def update(
         updates: optax.Updates,
         state: Any,
-        params: optax.Params | None = None,
+        params: optax.Params | None,
+        extra: Mapping[str, Any],
         *,
-        apply: bool = False,
-        **extra: Any,
+        emit_params: bool,
     ) -> tuple[Any, Any]:
         checks.parameters_given(params)
         tree = Tree(updates)
@@ -198,19 +199,20 @@ def _around(
 
         paths = [path for path, _ in tree.leaves]
         inside = tree.with_leaves(list(map(narrow, paths, old, rests)))
-        new, inner = step(tx, updates, state.inner_state, inside, apply=apply, **extra)
+        new, inner = step(tx, updates, state.inner_state, inside, extra, emit_params=emit_params)
         new = tree.like("parameters", new)
         state = state._replace(step_count=optax.safe_increment(state.step_count), inner_state=inner)
         if kept is not None:
             rests = [p.rest if is_narrow(p) else rest for p, rest in zip(new, rests, strict=True)]
             state = state._replace(rest=tree.with_leaves(rests))
-        if not apply:
+        if not emit_params:
             gradients = [u for _, u in tree.leaves]
             return tree.with_leaves(list(map(_emitted, gradients, old, new))), state
         return tree.with_leaves(list(map(value, new))), state
 
-    made = Transformation(init, checks.naming(name)(update))
-    return made.made_of((tx,), f"{name}({told(tx)}, {settings})", applies=True, last=True)
+    named = checks.naming(name)(update)
+    text = f"{name}({told(tx)}, {settings})"
+    return made_of((tx,), init, named, text, emits_params=True, last=True)
 
 
 def _emitted(gradient: Any, old: Any, new: Any) -> Any:

@@ -13,7 +13,7 @@ from adam_jax.declare import Rule
 from adam_jax.directions import scale_by_rule
 from adam_jax.engine import lift, link
 from adam_jax.storage import Storage
-from adam_jax.transformation import Transformation, parts
+from adam_jax.transformation import Transformation, made_of, parts, source_of, with_repr
 
 
 def cautious(tx: optax.GradientTransformation) -> Transformation:
@@ -78,7 +78,7 @@ def mars(
     with checks.naming("mars"):
         checks.argument("gamma", gamma)
     corrected = scale_by_rule(rules.mars, storage=storage, implementation=implementation, **given)
-    return chain(corrected, tx).retold(f"mars({tx!r}, gamma={gamma}, b1={b1})")
+    return with_repr(chain(corrected, tx), f"mars({tx!r}, gamma={gamma}, b1={b1})")
 
 
 def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
@@ -86,6 +86,7 @@ def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
         checks.finished(rule.name, tx)
     inner = optax.with_extra_args_support(tx)
     follower = lift([link(rule, {})], "auto", rule.name, bare=True)
+    follow = source_of(follower).step
 
     def update(
         updates: optax.Updates,
@@ -94,6 +95,8 @@ def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         direction, state = inner.update(updates, state, params, **extra)
-        return follower.update(direction, optax.EmptyState(), beside=updates)[0], state
+        empty = optax.EmptyState()
+        out, _ = follow(direction, empty, None, {}, emit_params=False, grads=updates)
+        return out, state
 
-    return Transformation(tx.init, update).made_of((tx, follower), f"{rule.name}({tx!r})")
+    return made_of((tx, follower), tx.init, update, f"{rule.name}({tx!r})")

@@ -39,7 +39,7 @@ from adam_jax.engine import Link, lift, link
 from adam_jax.schedules import ademamix_warmup
 from adam_jax.states import WeightDecaySchedule
 from adam_jax.storage import Storage, split, with_dtype
-from adam_jax.transformation import Transformation, constructor
+from adam_jax.transformation import Transformation, constructor, source_of, with_name
 
 Mask: TypeAlias = Any | Callable[[optax.Params], Any] | None
 Form: TypeAlias = Literal["decoupled", "independent", "cautious", "proximal", "l2"]
@@ -87,7 +87,7 @@ def from_rule(
         tx = _optimizer(direction, learning_rate, wd, cautious, implementation)
     told = {"weight_decay": weight_decay, "storage": storage, "cautious": cautious or None}
     told = {k: v for k, v in told.items() if v is not None}
-    return tx.named(rule.name, {"learning_rate": learning_rate, **hyperparams, **told})
+    return with_name(tx, rule.name, {"learning_rate": learning_rate, **hyperparams, **told})
 
 
 @constructor
@@ -974,9 +974,9 @@ def _optimizer(
     checks.mask_without_decay(weight_decay, mask)
     decays = [] if weight_decay is None else [_decay(weight_decay, learning_rate, mask, form)]
     if decays or cautious:  # which would otherwise go through the momentum that comes after
-        directions, after = [*direction.source.links, *after], ()
+        directions, after = [*source_of(direction).links, *after], ()
     else:
-        directions = direction.source.links
+        directions = source_of(direction).links
     links = [
         *(decays if form == "l2" else ()),
         *directions,
@@ -987,7 +987,7 @@ def _optimizer(
         *(decays if form == "independent" else ()),
         *after,
     ]
-    return lift(links, implementation, direction.source.name, bare=False)
+    return lift(links, implementation, source_of(direction).name, bare=False)
 
 
 def _decay(

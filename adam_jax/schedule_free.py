@@ -1,6 +1,6 @@
 """Schedule-Free AdamW: no learning-rate schedule, an average of the iterates in its place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -13,7 +13,7 @@ from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.engine import Link, lift, link
 from adam_jax.states import RmsCounted, named_tuples
 from adam_jax.storage import Storage, uncoded, with_dtype
-from adam_jax.transformation import Transformation, constructor
+from adam_jax.transformation import Transformation, constructor, made_of, source_of
 
 
 class _Iterate(NamedTuple):
@@ -112,12 +112,11 @@ def schedule_free_adamw(
     def update(
         updates: optax.Updates,
         state: Any,
-        params: optax.Params | None = None,
+        params: optax.Params | None,
+        extra: Mapping[str, Any],
         *,
-        apply: bool = False,
-        **extra: Any,
+        emit_params: bool,
     ) -> tuple[Any, Any]:
-        del extra
         dtype = arithmetic_dtype(state.weight_sum.dtype)
         rate = warmed_up(state.step_count - 1, dtype)
         max_lr = jnp.maximum(state.max_lr.astype(dtype), rate)
@@ -126,7 +125,8 @@ def schedule_free_adamw(
         share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1), 0)
         inner = (*state.base_optimizer_state, _Iterate(state.step_count - 1, state.z))
         states: Any
-        updates, states = chain(rate, share).update(updates, inner, params, apply=apply)
+        step = source_of(chain(rate, share)).step
+        updates, states = step(updates, inner, params, extra, emit_params=emit_params)
         *base, iterate = states
         return updates, state._replace(
             weight_sum=weight_sum.astype(state.weight_sum.dtype),
@@ -136,7 +136,7 @@ def schedule_free_adamw(
             z=iterate.z,
         )
 
-    return Transformation(init, update).made_of((checked,), applies=True)
+    return made_of((checked,), init, update, emits_params=True)
 
 
 def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:

@@ -7,7 +7,7 @@ state. That is asked here whatever kind of axes the mesh has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -20,7 +20,7 @@ from adam_jax import checks
 from adam_jax.applying import step
 from adam_jax.layouts import fitting, names, parts
 from adam_jax.storage import is_variable, plain
-from adam_jax.transformation import Transformation, told
+from adam_jax.transformation import Transformation, is_last, made_of, told
 
 
 def state_sharding(
@@ -152,22 +152,23 @@ def zero1(
     def update(
         updates: optax.Updates,
         state: optax.OptState,
-        params: optax.Params | None = None,
+        params: optax.Params | None,
+        extra: Mapping[str, Any],
         *,
-        apply: bool = False,
-        **extra: Any,
+        emit_params: bool,
     ) -> tuple[Any, optax.OptState]:
         like = updates if params is None else params
         layout = spread(like)
         inside = None if params is None else _place(mesh, params, layout)
-        out, state = step(tx, _place(mesh, updates, layout), state, inside, apply=apply, **extra)
+        out, state = step(
+            tx, _place(mesh, updates, layout), state, inside, extra, emit_params=emit_params
+        )
         if _guessed(out):  # by the partitioner, where nothing tells it how results lie
             state = _place(mesh, state, of_state(like, layout))
         return _place(mesh, out, whole(like)), state
 
-    made = Transformation(init, update)
     text = f"zero1({told(tx)}, {dict(mesh.shape)}, axis={axis})"
-    return made.made_of((tx,), text, applies=True, last=getattr(tx, "last", False))
+    return made_of((tx,), init, update, text, emits_params=True, last=is_last(tx))
 
 
 def _spread(mesh: Mesh, axis: str, spec: P, shape: Sequence[int]) -> P:

@@ -15,45 +15,103 @@ from adam_jax.documentation import complete
 
 P = ParamSpec("P")
 
+_MISSING: Any = object()
 
-class Transformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation that remembers what it was made of, for `repr` and for wrappers."""
 
-    source: Any = None  # a Chain of links, a tuple of transformations, or groups of them by label
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+    """The `update` function of one of our transformations, with what wrappers need to know of it.
+
+    This is kept here because the NamedTuple around it can't keep it: `tx._replace(init=...)` and
+    Optax's wrappers build a new tuple from `tx.init` and `tx.update`.
+    """
+
+    function: Callable[..., tuple[Any, optax.OptState]]
+    """(updates, state, params, **extra), or what `emits_params` says."""
+
+    source: Any = None
+    """A Chain of links, a tuple of transformations, or a mapping of them by group."""
+
     text: str = ""
-    applies: bool = False
-    """Whether update takes `apply=True`, for the new parameters, and parameters that are Narrow."""
+    """The repr of the transformation."""
+
+    emits_params: bool = False
+    """Whether `function` takes (updates, state, params, extra, emit_params).
+
+    It then returns new parameters in place of updates if `emit_params`, and takes `Narrow`
+    parameters. This is an argument of its own, not one of `extra`, which belong to the user.
+    """
 
     last: bool = False
-    """Whether its updates land exactly, so that nothing may change them."""
+    """Whether its updates are exact, so that nothing may change them."""
 
-    def made_of(
-        self, source: Any, text: str = "", applies: bool = False, last: bool = False
-    ) -> Transformation:
-        """Notes the source: the engine's chain of links, or the transformations inside."""
-        self.source, self.text, self.applies, self.last = source, text, applies, last
-        return self
+    def __call__(
+        self,
+        updates: optax.Updates,
+        state: Any = _MISSING,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[Any, optax.OptState]:
+        """Return the updates and the new state."""
+        if state is _MISSING:
+            raise TypeError(
+                f"{self.text.partition('(')[0] or 'update'}: update must be given the state, got "
+                f"only gradients; call update(gradients, state, params)"
+            )
+        if self.emits_params:
+            return self.function(updates, state, params, extra, emit_params=False)
+        return self.function(updates, state, params, **extra)
 
-    def named(self, name: str, arguments: Mapping[str, Any]) -> Transformation:
-        """The same under the name, in errors and `repr`, of the function that the user called."""
-        text = f"{name}({', '.join(f'{k}={_argument(v)}' for k, v in arguments.items())})"
-        if isinstance(self.source, tuple):
-            return self.retold(text)
-        source = dataclasses.replace(self.source, name=name)
-        return source.transformation().retold(text)
 
-    def retold(self, text: str) -> Transformation:
-        """The same with another repr."""
-        self.text = text
-        return self
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation whose `update` says what it is made of."""
 
     def __repr__(self) -> str:
-        return self.text or super().__repr__()
+        return getattr(self.update, "text", "") or super().__repr__()
 
 
-def applies(tx: Any) -> bool:
-    """Whether a transformation, ours or another, can take an update to the parameters by itself."""
-    return isinstance(tx, Transformation) and tx.applies
+def made_of(
+    source: Any,
+    init: Callable[..., optax.OptState],
+    function: Callable[..., tuple[Any, optax.OptState]],
+    text: str = "",
+    *,
+    emits_params: bool = False,
+    last: bool = False,
+) -> Transformation:
+    """Build a transformation that records its source; see the fields of `Update`."""
+    return Transformation(init, Update(function, source, text, emits_params, last))
+
+
+def with_repr(tx: Transformation, text: str) -> Transformation:
+    """Return the transformation with another repr."""
+    update: Any = tx.update
+    return Transformation(tx.init, dataclasses.replace(update, text=text))
+
+
+def with_name(tx: Transformation, name: str, arguments: Mapping[str, Any]) -> Transformation:
+    """Return the transformation under the name, in errors and repr, of the function called."""
+    source = source_of(tx)
+    if not isinstance(source, tuple):
+        tx = dataclasses.replace(source, name=name).transformation()
+    return with_repr(
+        tx, f"{name}({', '.join(f'{k}={_argument(v)}' for k, v in arguments.items())})"
+    )
+
+
+def source_of(tx: Any) -> Any:
+    """Return what a transformation was made of; None for one of Optax's."""
+    return getattr(getattr(tx, "update", None), "source", None)
+
+
+def emits_params(tx: Any) -> bool:
+    """Whether a transformation, ours or another, can apply its update to the parameters."""
+    return getattr(tx.update, "emits_params", False)
+
+
+def is_last(tx: Any) -> bool:
+    """Whether nothing may change the updates of a transformation, because they are exact."""
+    return getattr(getattr(tx, "update", None), "last", False)
 
 
 def told(tx: optax.GradientTransformation) -> str:
@@ -71,7 +129,7 @@ def parts(tx: Any) -> Iterator[Any]:
 
 def labelled_parts(tx: Any, label: str = "") -> Iterator[tuple[str, Any]]:
     """The same links, each with the label of the parameter group that it is for."""
-    source = getattr(tx, "source", None)
+    source = source_of(tx)
     if isinstance(source, Mapping):
         for name, inner in source.items():
             yield from labelled_parts(inner, name)
@@ -104,7 +162,7 @@ def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation
             for k, v in bound.arguments.items()
             if isinstance(v, float) or v is not signature.parameters[k].default
         }
-        return make(*args, **kwargs).named(make.__name__, told)
+        return with_name(make(*args, **kwargs), make.__name__, told)
 
     return checked
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import checks
+from adam_jax.applying import step
 from adam_jax.arithmetic import decay_rate
 from adam_jax.paths import path_string
 from adam_jax.states import named_tuples
-from adam_jax.transformation import Transformation, applies
+from adam_jax.transformation import Transformation, made_of
 
 P = ParamSpec("P")
 
@@ -78,18 +79,25 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
             return TunableState(count, _numbers(values), zeros, unset, state)
 
         def update(
-            updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+            updates: optax.Updates,
+            state: Any,
+            params: optax.Params | None,
+            extra: Mapping[str, Any],
+            *,
+            emit_params: bool,
         ) -> tuple[optax.Updates, TunableState]:
             values = _effective(given, state.set_to, state.is_set, state.count)
-            updates, new = inner(values).update(updates, state.inner_state, params, **extra)
+            updates, new = step(
+                inner(values), updates, state.inner_state, params, extra, emit_params=emit_params
+            )
             count: Any = optax.safe_increment(state.count)
             return updates, state._replace(
                 count=count, hyperparams=_numbers(values), inner_state=new
             )
 
-        made = Transformation(checks.naming(name)(init), checks.naming(name)(update))
-        told = repr(example).replace(constructor.__name__, name, 1)
-        return made.made_of((), told, applies=applies(example))
+        named = checks.naming(name)
+        text = repr(example).replace(constructor.__name__, name, 1)
+        return made_of((), named(init), named(update), text, emits_params=True)
 
     return make
 

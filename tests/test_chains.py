@@ -73,3 +73,25 @@ def test_errors_name_what_the_user_called():
         tx.update(params, (optax.EmptyState(), optax.EmptyState()), params)
     with pytest.raises(ValueError, match="adamw: weight_decay needs the parameters"):
         tx.update(params, tx.init(params))
+
+
+def test_an_extra_argument_called_apply_belongs_to_the_user():
+    """Optax's chain forwards extra arguments to all parts: none of their names is ours."""
+    params = {"w": jnp.ones(3)}
+    adamw = adam_jax.adamw(1e-3)
+    wrapped = adam_jax.chain(adamw), adam_jax.tunable(adam_jax.adamw)(1e-3)
+    for tx in (adamw, adam_jax.schedule_free_adamw(1e-3), *wrapped):
+        chained = optax.chain(tx, optax.identity())
+        state = chained.init(params)
+        expected, _ = chained.update(params, state, params)
+        extra = {"apply": True, "emit_params": True, "beside": params, "grads": params, "extra": 1}
+        got, _ = chained.update(params, state, params, **extra)
+        chex.assert_trees_all_equal(got, expected)
+
+
+def test_a_replaced_field_keeps_the_repr_and_the_guard():
+    tx = adam_jax.master_weights(adam_jax.adamw(1e-3))
+    replaced = tx._replace(init=tx.init)
+    assert repr(replaced) == repr(tx)
+    with pytest.raises(ValueError, match="outermost"):
+        adam_jax.chain(replaced, optax.scale(0.5))
