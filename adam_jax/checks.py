@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from adam_jax.arithmetic import Decay
-from adam_jax.paths import path_string
+from adam_jax.paths import leaves_with_path, path_string
 
 if TYPE_CHECKING:
     from adam_jax.declare import Moment, Rule
@@ -305,8 +305,7 @@ def structure(what: str, gradients: Any, tree: Any) -> ValueError:
 
 
 def _paths(tree: Any) -> set[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_string(path) or "one array" for path, _ in leaves}
+    return {path_string(path) or "one array" for path, _ in leaves_with_path(tree)}
 
 
 def states(state: Any, expected: Sequence[type[Any]], masked: Sequence[bool], bare: bool) -> None:
@@ -487,6 +486,22 @@ def nothing_after(transformations: Sequence[Any]) -> None:
             raise ValueError(
                 f"{who()}: {tx!r} computes updates that land exactly, and nothing may change them; "
                 f"put it outermost, e.g. master_weights(chain(clip, adamw))"
+            )
+
+
+def on_explicit_mesh(mesh: Any, tree: Any) -> None:
+    """Under jit, arrays must be on a mesh with explicit axes before they can be resharded."""
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return
+    if not jax.sharding.get_abstract_mesh().empty:
+        return
+    for path, x in leaves_with_path(tree):
+        if isinstance(x, jax.core.Tracer) and jax.typeof(x).sharding.mesh.empty:
+            raise ValueError(
+                f"{who()}: {_at('the gradient of', path)} must be on the mesh, whose axes are "
+                f"explicit, got an array on one device; put the parameters on the mesh, e.g. "
+                f"jax.device_put(params, NamedSharding(mesh, PartitionSpec())), or step inside "
+                f"jax.set_mesh(mesh)"
             )
 
 

@@ -17,7 +17,7 @@ from adam_jax import checks, hyperparams, rules, storage
 from adam_jax.arithmetic import abs_sq, arithmetic_dtype, debias
 from adam_jax.compare import looks
 from adam_jax.declare import Rule
-from adam_jax.paths import path_string, search
+from adam_jax.paths import Key, by_key, search
 from adam_jax.states import moment_fields, named_tuples, stored_moments
 from adam_jax.transformation import Transformation, is_last, labelled_parts, made_of, told
 
@@ -89,7 +89,7 @@ def record(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> RecordState:
-        paths = list(_leaves(params))
+        paths = [path for path, _ in _leaves(params)]
         for name, p in patterns:
             if paths and not any(map(searches[name], paths)):
                 raise ValueError(
@@ -138,7 +138,7 @@ Groups: TypeAlias = tuple[tuple[str, str], ...]
 
 
 @functools.partial(jax.jit, static_argnames="groups")
-def _norms_if(due: Any, last: Any, leaves: dict[str, Any], *, groups: Groups) -> Any:
+def _norms_if(due: Any, last: Any, leaves: dict[Key, Any], *, groups: Groups) -> Any:
     """The norms of groups of leaves where they are due, else the last ones."""
     return jax.lax.cond(due, lambda: _norms(groups, leaves), lambda: last)
 
@@ -163,8 +163,8 @@ def _rest_if(
     return jax.lax.cond(due, measure, lambda: last)
 
 
-def _norms(groups: Groups, leaves: dict[str, Any]) -> dict[str, jax.Array]:
-    squares = {path: _square(x) for path, x in leaves.items()}
+def _norms(groups: Groups, leaves: dict[Key, Any]) -> dict[str, jax.Array]:
+    squares = {key: _square(x) for key, x in leaves.items()}
     return {name: jnp.sqrt(sum(_of(p, squares), _zeros())) for name, p in groups}
 
 
@@ -175,9 +175,9 @@ def _square(x: jax.Array) -> jax.Array:
 
 def _spread(groups: Groups, pairs: Any) -> dict[str, jax.Array]:
     """The shares of elements in each bin of |m̂|/√v̂."""
-    counts: dict[str, Any] = {}
+    counts: dict[Key, Any] = {}
     for mu, nu, scale in pairs:
-        counts |= {path: _counts(mu[path], nu[path], scale) for path in mu}
+        counts |= {key: _counts(mu[key], nu[key], scale) for key in mu}
     totals = {name: sum(_of(p, counts), _zeros(len(EDGES) + 2)) for name, p in groups}
     return {name: (x[:-1] - x[1:]) / jnp.maximum(x[0], 1) for name, x in totals.items()}
 
@@ -249,14 +249,14 @@ def _is_pair(state: Any) -> bool:
     return {"mu", "nu"} <= set(moment_fields(state))
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """The floating-point leaves by their paths."""
-    leaves = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-    return {p: x for p, x in leaves.items() if jnp.issubdtype(jnp.result_type(x), jnp.inexact)}
+def _leaves(tree: Any) -> dict[Key, Any]:
+    """Return the floating-point leaves by their keys."""
+    leaves = by_key(tree).items()
+    return {key: x for key, x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)}
 
 
-def _of(pattern: str, leaves: dict[str, Any]) -> list[Any]:
-    return [x for path, x in leaves.items() if re.search(pattern, path)]
+def _of(pattern: str, leaves: dict[Key, Any]) -> list[Any]:
+    return [x for (path, _), x in leaves.items() if re.search(pattern, path)]
 
 
 def _zeros(*shape: int) -> jax.Array:
@@ -420,20 +420,20 @@ def storage_error(state: chex.ArrayTree, exact: chex.ArrayTree | None = None) ->
     """
     kept, right = _by_leaf(state), None if exact is None else _by_leaf(exact)
     if right is not None and right.keys() != kept.keys():
-        only = ", ".join("/".join(key) for key in sorted(right.keys() ^ kept.keys())[:8])
+        only = ", ".join("/".join(key[:2]) for key in sorted(right.keys() ^ kept.keys())[:8])
         raise ValueError(f"storage_error: one of the two states has no {only}")
     return StorageErrors(
-        StorageError(*key, *_errors(stored, None if right is None else right[key]))
+        StorageError(*key[:2], *_errors(stored, None if right is None else right[key]))
         for key, stored in kept.items()
     )
 
 
-def _by_leaf(state: Any) -> dict[tuple[str, str], Any]:
-    """What is stored, by moment and path."""
+def _by_leaf(state: Any) -> dict[tuple[str, str, int], Any]:
+    """Return what is stored, by moment and key of the leaf."""
     found = {
-        (name, path): stored
+        (name, *key): stored
         for name, moment in stored_moments(state)
-        for path, stored in storage.leaves(moment).items()
+        for key, stored in storage.leaves(moment).items()
     }
     if not found:
         raise ValueError("storage_error: the state holds no moments")

@@ -24,7 +24,7 @@ from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.declare import Rule
 from adam_jax.implementations import IMPLEMENTATIONS, Step, orders
 from adam_jax.parameters import is_narrow
-from adam_jax.paths import path_string
+from adam_jax.paths import Key, is_box, keys, map_with_path, rebox, unbox
 from adam_jax.states import count_fields, state_class
 from adam_jax.storage import Blocks
 from adam_jax.storage.noise import Place, after, name_key, random_bits
@@ -105,7 +105,7 @@ class Chain:
 
     def init(self, params: optax.Params) -> optax.OptState:
         """The state before the first step: moments at their start, counts at 0."""
-        jax.tree_util.tree_map_with_path(functools.partial(checks.leaf, "the parameter"), params)
+        map_with_path(functools.partial(checks.leaf, "the parameter"), params)
         states = tuple(_init(each, params) for each in self.links)
         return states[0] if self.bare else states
 
@@ -131,9 +131,10 @@ class Chain:
         tree = Tree(updates)
         moments = self._moments(tree, states)
         stepped = [
-            self._step_leaf(path, u, g, p, stored, stages, scalars, layout, emit_params)
-            for (path, u), g, p, stored, stages in zip(
+            self._step_leaf(path, key, u, g, p, stored, stages, scalars, layout, emit_params)
+            for (path, u), key, g, p, stored, stages in zip(
                 tree.leaves,
+                tree.keys,
                 tree.like("gradients", grads),
                 tree.like("parameters", params),
                 moments,
@@ -190,6 +191,7 @@ class Chain:
     def _step_leaf(
         self,
         path: tuple[Any, ...],
+        leaf_key: Key,
         u: Any,
         g: Any,
         p: Any,
@@ -217,7 +219,7 @@ class Chain:
         if np.size(u) == 0:
             return p if lands else u, stored
         draw = p.draw if is_narrow(p) else None
-        key = _key(path, draw) if storage.draws(stored) or draw is not None else None
+        key = _key(leaf_key, draw) if storage.draws(stored) or draw is not None else None
         run = IMPLEMENTATIONS[self.implementation]
         # what is drawn waits for the parameter that apply_updates will make
         waits = key is not None and self._scaled() and orders()
@@ -234,30 +236,40 @@ class Chain:
         ]
 
 
-def _key(path: tuple[Any, ...], draw: jax.Array | None) -> jax.typing.ArrayLike:
+def _key(leaf: Key, draw: jax.Array | None) -> jax.typing.ArrayLike:
     """What a leaf's random bits depend on: its path, and what its parameter is drawn by."""
-    name = np.array([name_key(path_string(path))], np.uint32)
+    path, repeated = leaf
+    name = np.array([name_key(f"{path}#{repeated}" if repeated else path)], np.uint32)
     return name if draw is None else jnp.append(name, draw)
 
 
 class Tree:
-    """The updates as a list of leaves with their paths; a None among them is a leaf."""
+    """The updates as a list of leaves with their paths; a None or a box of Flax is a leaf."""
 
     def __init__(self, tree: Any):
         self.tree = tree
-        self.leaves, self.treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+        boxed, self.treedef = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=lambda x: x is None or is_box(x)
+        )
+        self.leaves = [(path, unbox(x)) for path, x in boxed]
+        self.keys = keys(path for path, _ in boxed)
 
     def like(self, what: str, tree: Any) -> list[Any]:
-        """The leaves of another tree in the same order; all None where there is no tree."""
+        """Return the leaves of another tree in the same order; all None if there is no tree."""
+        return [unbox(x) for x in self._boxes(what, tree)]
+
+    def with_leaves(self, leaves: Sequence[Any], like: Any = None) -> Any:
+        """Return a tree of these leaves, in the boxes of another tree or of the updates."""
+        boxes = self._boxes("state", self.tree if like is None else like)
+        return self.treedef.unflatten(map(rebox, boxes, leaves))
+
+    def _boxes(self, what: str, tree: Any) -> list[Any]:
         if tree is None:
             return [None] * len(self.leaves)
         try:
             return self.treedef.flatten_up_to(tree)
         except ValueError:
             raise checks.structure(what, self.tree, tree) from None
-
-    def with_leaves(self, leaves: Sequence[Any]) -> Any:
-        return self.treedef.unflatten(leaves)
 
 
 def _stored(tree: Tree, moment: Any) -> list[Any]:
@@ -271,12 +283,12 @@ def _stored(tree: Tree, moment: Any) -> list[Any]:
 def _written(tree: Tree, moment: Any, leaves: Sequence[Any]) -> Any:
     """The moment with new leaves."""
     if not isinstance(moment, Blocks):
-        return tree.with_leaves(leaves)
+        return tree.with_leaves(leaves, moment)
     scales = tree.like("state", moment.scales)
     pairs = [
         x if isinstance(x, Blocks) else Blocks(x, s) for x, s in zip(leaves, scales, strict=True)
     ]
-    return Blocks(*(tree.with_leaves([pair[i] for pair in pairs]) for i in (0, 1)))
+    return Blocks(*(tree.with_leaves([pair[i] for pair in pairs], moment[i]) for i in (0, 1)))
 
 
 class _Step(NamedTuple):

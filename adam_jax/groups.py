@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
-import jax
 import optax
 
-from adam_jax.paths import path_string
+from adam_jax.paths import leaves_with_path, map_with_path, path_string
 from adam_jax.transformation import Transformation, made_of, told
 
 Settings = Mapping[str, Any] | str | optax.GradientTransformation
@@ -53,14 +52,12 @@ def groups(
     parts["default"] = constructor(**shared)
 
     def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: _label(path_string(path), patterns), tree
-        )
+        return map_with_path(lambda path, _: _label(path_string(path), patterns), tree)
 
     partitioned = optax.partition(parts, labels)
 
     def init(params: optax.Params) -> optax.OptState:
-        paths = [path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+        paths = [path_string(p) for p, _ in leaves_with_path(params)]
         for pattern in patterns:
             if paths and not any(re.search(pattern, path) for path in paths):
                 raise ValueError(

@@ -15,7 +15,7 @@ import optax
 
 from adam_jax import checks, parameters, storage
 from adam_jax.arithmetic import arithmetic_dtype
-from adam_jax.paths import path_string
+from adam_jax.paths import leaves_with_path, path_string
 from adam_jax.states import moment_fields, named_tuples
 
 TORCH_FIELDS = {
@@ -68,7 +68,7 @@ def from_torch(
     >>> int(adam_jax.step_count(state))
     3
     """
-    shapes = {path_string(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = {path_string(p): jnp.shape(x) for p, x in leaves_with_path(params)}
     order = [i for group in state_dict["param_groups"] for i in group["params"]]
     names = [n for group in state_dict["param_groups"] for n in group.get("param_names", ())]
     names = names or order
@@ -124,7 +124,7 @@ def flax_names(params: optax.Params) -> Callable[[str, np.ndarray], tuple[str, n
     Args:
       params: the parameters in JAX, Linen's or NNX's.
     """
-    paths = {path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)}
+    paths = {path_string(p) for p, _ in leaves_with_path(params)}
 
     def mapping(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
         path = str(name).replace(".", "/")
@@ -221,16 +221,19 @@ def _moment(name: str, given: Any, mine: Any) -> Any:
     """A moment's values, read from one state, as another keeps them."""
     theirs, ours = storage.leaves(given), storage.leaves(mine)
     if set(theirs) != set(ours):
-        missing, extra = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+        missing, extra = (
+            [path for path, _ in sorted(a - b)[:5]]
+            for a, b in ((set(ours), set(theirs)), (set(theirs), set(ours)))
+        )
         checks.not_convertible(
-            [[name]], f"for other parameters: without {missing[:5]}, and beside them {extra[:5]}"
+            [[name]], f"for other parameters: without {missing}, and beside them {extra}"
         )
     new = []
-    for path, old in ours.items():
-        x, shape = theirs[path], jnp.shape(storage.codes_of(old))
+    for key, old in ours.items():
+        x, shape = theirs[key], jnp.shape(storage.codes_of(old))
         if jnp.shape(storage.codes_of(x)) != shape:
             got = jnp.shape(storage.codes_of(x))
-            checks.not_convertible([[name]], f"of {path!r} in shape {got} where tx has {shape}")
+            checks.not_convertible([[name]], f"of {key[0]!r} in shape {got} where tx has {shape}")
         new.append(_recode(name, x, old))
     return storage.with_leaves(mine, new)
 

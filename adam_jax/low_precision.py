@@ -21,8 +21,8 @@ from adam_jax import checks
 from adam_jax.applying import step
 from adam_jax.engine import Tree
 from adam_jax.parameters import Narrow, is_narrow, read, value
+from adam_jax.paths import is_box, map_with_path, unbox
 from adam_jax.states import named_tuples
-from adam_jax.storage import is_variable, plain
 from adam_jax.transformation import Transformation, made_of, told
 
 REST = {32: jnp.int16, 24: jnp.int8}
@@ -94,8 +94,8 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 32) -> Transfor
 
     def init(params: optax.Params) -> MasterWeightsState:
         with checks.naming("master_weights"):
-            jax.tree_util.tree_map_with_path(checks.no_wider_than_float32, params)
-            rest = jax.tree.map(lambda p: _rest(p, kept), params, is_leaf=is_variable)
+            map_with_path(checks.no_wider_than_float32, params)
+            rest = jax.tree.map(lambda p: _rest(p, kept), params, is_leaf=is_box)
             return MasterWeightsState(jnp.zeros([], jnp.int32), rest, tx.init(_full(params)))
 
     return _around(tx, "master_weights", f"bits={bits}", init, kept)
@@ -135,7 +135,7 @@ def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> Tran
 
     def init(params: optax.Params) -> StochasticRoundingState:
         with checks.naming("stochastic_rounding"):
-            jax.tree_util.tree_map_with_path(checks.no_wider_than_float32, params)
+            map_with_path(checks.no_wider_than_float32, params)
             return StochasticRoundingState(jnp.zeros([], jnp.int32), tx.init(_full(params)))
 
     return _around(tx, "stochastic_rounding", f"seed={seed}", init, None, seed)
@@ -204,7 +204,7 @@ def _around(
         state = state._replace(step_count=optax.safe_increment(state.step_count), inner_state=inner)
         if kept is not None:
             rests = [p.rest if is_narrow(p) else rest for p, rest in zip(new, rests, strict=True)]
-            state = state._replace(rest=tree.with_leaves(rests))
+            state = state._replace(rest=tree.with_leaves(rests, state.rest))
         if not emit_params:
             gradients = [u for _, u in tree.leaves]
             return tree.with_leaves(list(map(_emitted, gradients, old, new))), state
@@ -224,7 +224,7 @@ def _emitted(gradient: Any, old: Any, new: Any) -> Any:
 
 def _rest(p: Any, dtype: Any) -> Any:
     """No bits below the parameter yet, laid out as it is; one zero for what is not bfloat16."""
-    leaf = plain(p)
+    leaf = unbox(p)
     if _is_bfloat16(leaf):
         return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), p)
     return jnp.zeros((1,) * np.ndim(leaf), dtype)

@@ -1,22 +1,86 @@
-"""Leaves by name: one path string for a leaf wherever it is met, and masks made from patterns."""
+"""Leaves by path, the same path at init and update, and masks made from patterns.
+
+Flax wraps a parameter in a box that carries its metadata, such as axis names: Linen's is a
+`Partitioned`, NNX's a `Variable`. Here a box counts as one leaf, whose path is the path of the box.
+So a leaf keeps its path whether it is boxed, as NNX's are at init, or not, as they are at update.
+"""
 
 from __future__ import annotations
 
+import collections
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """A key path as "layers/0/kernel".
+    """Return a key path as "layers/0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
-    Flax NNX shows an optimizer Variables at init, whose paths end in /value, and arrays at update:
-    the ending is dropped so that a leaf keeps its name.
+
+def is_box(x: Any) -> bool:
+    """Whether this is a box of Flax (NNX's Variable, or Linen's Partitioned and its like).
+
+    An empty box, such as `optax.masked` makes, is none: it has no leaf.
     """
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    boxed = hasattr(x, "get_metadata") or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
+    return boxed and bool(jax.tree.leaves(x))
+
+
+def unbox(x: Any) -> Any:
+    """Return the content of a box; anything else as it is.
+
+    Linen's own `unbox` would constrain the content to the sharding that the box names.
+    """
+    if not is_box(x):
+        return x
+    return next(iter(jax.tree.leaves(x, is_leaf=lambda y: y is not x)), None)
+
+
+def rebox(box: Any, content: Any) -> Any:
+    """Return `content` in a box like this one, or as it is if this is no box."""
+    if not is_box(box):
+        return content
+    structure = jax.tree.structure(box, is_leaf=lambda y: y is not box)
+    return structure.unflatten([content] * structure.num_leaves)
+
+
+def leaves_with_path(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Return the leaves with their key paths, out of their boxes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
+    return [(path, unbox(x)) for path, x in leaves if unbox(x) is not None]
+
+
+def map_with_path(f: Callable[[tuple[Any, ...], Any], Any], tree: Any) -> Any:
+    """Return the tree of f(key path, leaf), in the same boxes."""
+
+    def in_box(path: tuple[Any, ...], x: Any) -> Any:
+        return jax.tree.map(lambda leaf: f(path, leaf), x)
+
+    return jax.tree_util.tree_map_with_path(in_box, tree, is_leaf=is_box)
+
+
+Key: TypeAlias = tuple[str, int]
+"""The path of a leaf, and how many leaves before it have the same path."""
+
+
+def keys(paths: Iterable[tuple[Any, ...]]) -> list[Key]:
+    """Return a distinct key for each leaf: {"a/b": x, "a": {"b": y}} has two leaves at "a/b"."""
+    seen: collections.Counter[str] = collections.Counter()
+    found = []
+    for path in map(path_string, paths):
+        found.append((path, seen[path]))
+        seen[path] += 1
+    return found
+
+
+def by_key(tree: Any) -> dict[Key, Any]:
+    """Return the leaves of a tree, out of their boxes, by their keys."""
+    leaves = leaves_with_path(tree)
+    return dict(zip(keys(path for path, _ in leaves), (x for _, x in leaves), strict=True))
 
 
 def matching(*patterns: str) -> Callable[[Any], Any]:
@@ -59,9 +123,7 @@ def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[
                 f"optax.inject_hyperparams name the mask in static_args, or it is taken for a "
                 f"schedule"
             )
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: found(path_string(path)) is wanted, tree
-        )
+        return map_with_path(lambda path, _: found(path_string(path)) is wanted, tree)
 
     mask.__name__ = f"{caller}({', '.join(map(repr, patterns))})"  # which a repr shows
     return mask

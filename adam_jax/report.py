@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from adam_jax import storage
 from adam_jax.low_precision import MasterWeightsState
-from adam_jax.paths import path_string
+from adam_jax.paths import leaves_with_path, path_string
 from adam_jax.sharding import state_sharding
 from adam_jax.states import named_tuples, stored_moments
 
@@ -136,8 +136,7 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
 
 def _whole(state: Any) -> list[tuple[str, int]]:
     """The paths and bytes of arrays that are not spread, where there are any that are."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    sizes = [(path_string(path), *_bytes(x)) for path, x in leaves]
+    sizes = [(path_string(path), *_bytes(x)) for path, x in leaves_with_path(state)]
     if all(size == local for _, size, local in sizes):
         return []
     unspread = [(path, size) for path, size, local in sizes if size == local]

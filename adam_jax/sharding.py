@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from adam_jax import checks
 from adam_jax.applying import step
 from adam_jax.layouts import fitting, names, parts
-from adam_jax.storage import is_variable, plain
+from adam_jax.paths import is_box, unbox
 from adam_jax.transformation import Transformation, is_last, made_of, told
 
 
@@ -126,7 +126,7 @@ def zero1(
     ('data', None)
     """
     checks.mesh_axis("zero1", mesh, axis)
-    specs = jax.tree.map(plain, specs, is_leaf=is_variable)
+    specs = jax.tree.map(unbox, specs, is_leaf=is_box)
 
     def whole(params: Any) -> Any:
         """How parameters lie outside."""
@@ -144,8 +144,8 @@ def zero1(
         return state_sharding(tx, params, layout, mesh)
 
     def init(params: optax.Params) -> optax.OptState:
-        # what a Variable of Flax NNX says of its sharding does not hold for its state
-        params = jax.tree.map(plain, params, is_leaf=is_variable)
+        # the sharding that a box of Flax names does not hold for the state
+        params = jax.tree.map(unbox, params, is_leaf=is_box)
         layout = spread(params)
         return _place(mesh, tx.init(_place(mesh, params, layout)), of_state(params, layout))
 
@@ -157,6 +157,8 @@ def zero1(
         *,
         emit_params: bool,
     ) -> tuple[Any, optax.OptState]:
+        with checks.naming("zero1"):
+            checks.on_explicit_mesh(mesh, updates)
         like = updates if params is None else params
         layout = spread(like)
         inside = None if params is None else _place(mesh, params, layout)
@@ -189,17 +191,18 @@ def _spread(mesh: Mesh, axis: str, spec: P, shape: Sequence[int]) -> P:
 
 
 def _place(mesh: Mesh, tree: Any, layout: Any) -> Any:
-    """Every array of a tree laid out as told, inside a jitted function and outside."""
+    """Shard every array of a tree, inside a jitted function and outside."""
 
     def place(x: Any, sharding: Any) -> Any:
         if x is None:
             return None
         spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
-        if _explicit(x):
-            return jax.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, spec))
-        if isinstance(x, Tracer):
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        if not isinstance(x, Tracer):
+            return jax.device_put(x, NamedSharding(mesh, spec))
+        typed = jax.typeof(x).sharding.mesh if _explicit(x) else mesh
+        if AxisType.Explicit in typed.axis_types:  # of the context, as in state_sharding
+            return jax.reshard(x, NamedSharding(typed, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree, layout, is_leaf=lambda x: x is None)
 

@@ -259,3 +259,73 @@ def test_msgpack_round_trip(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
     chex.assert_trees_all_equal(restored, state)
     assert set(adam_jax.moments(restored)) == set(RULES[name].moments)
+
+
+# Linen's partition metadata, as in lm1b and nanodo
+
+
+PARTITIONED = {
+    "optax": lambda: optax.adamw(1e-2),
+    "int8": lambda: adam_jax.adamw(1e-2, storage="int8"),
+    "master_weights": lambda: adam_jax.master_weights(adam_jax.adamw(1e-2)),
+    "both": lambda: adam_jax.master_weights(adam_jax.adamw(1e-2, storage="int8"), bits=24),
+    "optax in master_weights": lambda: adam_jax.master_weights(optax.adamw(1e-2)),
+    "groups": lambda: adam_jax.groups(
+        adam_jax.adamw, {"bias": dict(weight_decay=0.0)}, learning_rate=1e-2, storage="int8"
+    ),
+}
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("unboxed", [False, True], ids=["boxed", "unboxed"])
+@pytest.mark.parametrize("name", PARTITIONED)
+def test_partition_metadata_shards_parameters_and_state(name, unboxed):
+    """Initialized sharded over 8 devices and trained, with boxes (nanodo) or without (lm1b)."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    dtype = jnp.bfloat16 if "master" in name or name == "both" else jnp.float32
+    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "data"))
+    model = nn.Dense(512, kernel_init=kernel_init, param_dtype=dtype)
+    tx, x = PARTITIONED[name](), jax.random.normal(jax.random.key(1), (4, 512))
+
+    def init(key):
+        return TrainState.create(apply_fn=None, params=model.init(key, x)["params"], tx=tx)
+
+    spec = nn.get_partition_spec(jax.eval_shape(init, jax.random.key(0)))
+    shardings = jax.tree.map(
+        lambda s: NamedSharding(mesh, s), spec, is_leaf=lambda s: isinstance(s, P)
+    )
+    quickly = {"xla_backend_optimization_level": 0}
+    jitted = jax.jit(init, out_shardings=shardings, compiler_options=quickly)
+    state = jitted(jax.random.key(0))
+    for leaf in jax.tree.leaves(state.opt_state):
+        assert leaf.shape != (512, 512) or leaf.sharding.spec == P(None, "data")
+    if unboxed:
+        state = nn.meta.unbox(state)
+
+    @functools.partial(jax.jit, compiler_options=quickly)
+    def step(state):
+        def loss(params):
+            return jnp.mean(model.apply({"params": nn.meta.unbox(params)}, x) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    before, losses = state, []
+    for _ in range(5):
+        state, value = step(state)
+        losses.append(float(value))
+    assert losses[-1] < losses[0]
+    assert jax.tree.structure(state) == jax.tree.structure(before)
+    boxes = jax.tree.leaves(state.params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    assert any(isinstance(x, nn.Partitioned) for x in boxes) != unboxed
+    for box in boxes:
+        assert not isinstance(box, nn.Partitioned) or box.names == (None, "data")
+
+
+def test_boxes_keep_the_path_of_their_parameter():
+    boxed = {"kernel": nn.Partitioned(jnp.ones((4, 4)), (None, "data")), "bias": jnp.ones(4)}
+    seen = []
+    tx = adam_jax.adamw(1e-3, storage=lambda path, leaf: seen.append((path, leaf.shape)))
+    tx.init(boxed)
+    assert {("kernel", (4, 4)), ("bias", (4,))} == set(seen)
+    assert jax.tree.leaves(adam_jax.matching("^kernel$")(boxed)) == [False, True]

@@ -430,3 +430,43 @@ def test_wrong_use_says_what_to_do():
     with pytest.raises(ValueError, match=r"chain: zero1\(master_weights.*nothing may change them"):
         adam_jax.chain(adam_jax.zero1(CANONICAL, mesh), optax.scale(0.5))
     assert repr(adam_jax.zero1(tx, mesh)).endswith("{'data': 8}, axis=data)")
+
+
+# Eager init, and parameters that are not on the mesh
+
+
+@every_mode
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("wrap", ["zero1", "master_weights", "fsdp"])
+def test_an_eager_init_shards_the_state(axis_type, storage, wrap):
+    """Outside of jit and of any mesh context, as the README does it."""
+    mesh = make_mesh(kind=axis_type)
+    tx = adam_jax.adamw(1e-3, storage=storage)
+    dtype, spec = (jnp.float32, P("data")) if wrap == "fsdp" else (jnp.bfloat16, P())
+    if wrap != "fsdp":
+        tx = adam_jax.zero1(masters(tx) if wrap == "master_weights" else tx, mesh)
+    params = jax.device_put({"w": jnp.ones((64, 128), dtype)}, NamedSharding(mesh, spec))
+    state = tx.init(params)
+    large = [x for x in jax.tree.leaves(state) if x.size >= 64]
+    assert len(large) >= 2
+    for x in large:
+        assert x.sharding.shard_shape(x.shape)[0] == 8
+    updates, after = jax.jit(tx.update, compiler_options=QUICKLY)(params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    expected = adam_jax.adamw(1e-3, storage=storage)
+    one = {"w": jnp.ones((64, 128), dtype)}
+    if wrap != "master_weights":
+        want, _ = expected.update(one, expected.init(one), one)
+        chex.assert_trees_all_close(jax.device_get(updates), jax.device_get(want), rtol=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_parameters_off_an_explicit_mesh_are_an_error_under_jit(storage):
+    mesh = make_mesh(kind=AxisType.Explicit)
+    tx = adam_jax.zero1(adam_jax.adamw(1e-3, storage=storage), mesh)
+    params = {"w": jnp.ones((64, 128))}
+    state = tx.init(params)  # eagerly they are put there
+    with pytest.raises(ValueError, match=r"zero1: the gradient of 'w' must be on the mesh"):
+        jax.jit(tx.update)(params, state, params)
+    with jax.set_mesh(mesh):
+        jax.jit(tx.update, compiler_options=QUICKLY)(params, state, params)

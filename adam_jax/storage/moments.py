@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from adam_jax import checks
 from adam_jax.declare import Moment
 from adam_jax.layouts import fitting
-from adam_jax.paths import path_string
+from adam_jax.paths import Key, by_key, is_box, map_with_path, unbox
 from adam_jax.storage import blocks, dense
 from adam_jax.storage.blocks import Blocks, Code
 from adam_jax.storage.formats import CODES, Format, is_format
@@ -77,12 +77,12 @@ def one_leaf(codes: Any, scales: Any) -> Any:
     return Blocks(codes, scales) if coded else codes
 
 
-def leaves(moment: Any) -> dict[str, Any]:
-    """A moment's leaves by their paths, each as it is stored; also of NNX Variables."""
+def leaves(moment: Any) -> dict[Key, Any]:
+    """Return the leaves of a moment by their keys, each as it is stored, out of their boxes."""
     coded = isinstance(moment, Blocks)
-    codes = jax.tree_util.tree_leaves_with_path(moment.codes if coded else moment)
+    codes = by_key(moment.codes if coded else moment)
     scales = jax.tree.leaves(moment.scales) if coded else [None] * len(codes)
-    return {path_string(p): one_leaf(x, s) for (p, x), s in zip(codes, scales, strict=True)}
+    return {k: one_leaf(x, s) for (k, x), s in zip(codes.items(), scales, strict=True)}
 
 
 def with_leaves(moment: Any, new: Sequence[Any]) -> Any:
@@ -142,29 +142,33 @@ def start(
         return jnp.full_like(leaf, jnp.asarray(value).astype(kept), dtype=kept)
 
     def scales(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        leaf = plain(leaf)
+        leaf = unbox(leaf)
         kept = format(path, leaf)
         if isinstance(kept, Code):
             size = jnp.abs(jnp.asarray(value, jnp.float32))
-            return _laid_out(jnp.full(blocks.scales_shape(leaf.shape, kept.block), size), leaf)
+            return _shard_like(jnp.full(blocks.scales_shape(leaf.shape, kept.block), size), leaf)
         return jnp.ones((*np.shape(leaf)[:-1], 1), jnp.float32)
 
-    tree = jax.tree_util.tree_map_with_path(codes, params)
+    tree = map_with_path(codes, params)
     if not _in_blocks(storage, name, tree):
         return tree
-    # a scales leaf must not inherit the metadata of an NNX Variable: its sharding may not fit
-    return Blocks(tree, jax.tree_util.tree_map_with_path(scales, params, is_leaf=is_variable))
+    # scales have another shape, which the axis names of the parameter's box may not fit
+    return Blocks(tree, jax.tree_util.tree_map_with_path(scales, params, is_leaf=is_box))
 
 
-def _laid_out(scales: jax.Array, leaf: Any) -> jax.Array:
-    """Scales spread as their leaf is, where that is known and the devices divide them."""
-    typed = jax.typeof(leaf).sharding
-    explicit = AxisType.Explicit in typed.mesh.axis_types
-    known = typed if explicit or isinstance(leaf, Tracer) else leaf.sharding
-    if not isinstance(known, NamedSharding) or not known.mesh.axis_names:
+def _shard_like(scales: jax.Array, leaf: Any) -> jax.Array:
+    """Shard scales as their leaf, along the axes that the devices divide.
+
+    A traced leaf has a known sharding on explicit mesh axes only.
+    """
+    traced = isinstance(leaf, Tracer)
+    sharding = jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
         return scales
-    spread = NamedSharding(known.mesh, fitting(known.mesh, known.spec, scales.shape))
-    return jax.reshard(scales, spread) if explicit else jax.device_put(scales, spread)
+    like = NamedSharding(sharding.mesh, fitting(sharding.mesh, sharding.spec, scales.shape))
+    if not traced:
+        return jax.device_put(scales, like)
+    return jax.reshard(scales, like) if AxisType.Explicit in like.mesh.axis_types else scales
 
 
 def _in_blocks(storage: Storage, name: str, codes: Any) -> bool:
@@ -173,13 +177,3 @@ def _in_blocks(storage: Storage, name: str, codes: Any) -> bool:
         leaves = jax.tree.leaves(codes)
         return not leaves or any(leaf.dtype in CODES for leaf in leaves)
     return is_format(storage.get(name) if isinstance(storage, Mapping) else storage)
-
-
-def is_variable(x: Any) -> bool:
-    """Whether this is a Variable of Flax NNX, whose metadata what is made from it inherits."""
-    return hasattr(x, "get_metadata")
-
-
-def plain(leaf: Any) -> Any:
-    """The array in a Variable; any other leaf as it is."""
-    return jax.tree.leaves(leaf)[0] if is_variable(leaf) else leaf
