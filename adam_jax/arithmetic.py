@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+TINY = 2.0**-126
+"""The least normal number of float32; XLA takes smaller ones for 0."""
+
 
 def arithmetic_dtype(*dtypes: jax.typing.DTypeLike) -> Any:
     """float32, or wider where a dtype is: what is computed in, whatever is stored."""
@@ -112,6 +115,27 @@ def ema(b: Decay | chex.Numeric, m: jax.Array, x: jax.Array) -> jax.Array:
 def debias(m: chex.Numeric, b: Decay | chex.Numeric, t: chex.Numeric) -> jax.Array:
     """m / (1 - b^t): the average of t values of an `ema` that started at zero."""
     return jnp.asarray(m / -jnp.expm1(t * decay_rate(b).log))
+
+
+def least_square(mu: jax.Array, b1: Decay | chex.Numeric, b2: Decay | chex.Numeric) -> jax.Array:
+    """Return the least that ema(b2, g²) can be, given mu = ema(b1, g): nu ≥ c·mu².
+
+    By Cauchy–Schwarz c = (1 - b2)(1 - b1²/b2)/(1 - b1)², for b1² < b2. So Adam's step is at most
+    1/√c, 7.3 for the defaults. There is no bound, and c is 0, for larger b1.
+    """
+    b1, b2 = decay_rate(b1), decay_rate(b2)
+    overlap = 1 - b1.value * b1.value / jnp.maximum(b2.value, TINY)
+    return jnp.maximum(overlap, 0) * b2.complement / (b1.complement * b1.complement) * (mu * mu)
+
+
+def least_norm(mu: jax.Array, b1: Decay | chex.Numeric, b2: Decay | chex.Numeric) -> jax.Array:
+    """Return the least that AdaMax's norm can be, given mu = ema(b1, g), for b1 < b2.
+
+    The norm is at least b2^i·|g| for the gradient of i steps ago, and mu a sum of (1 - b1)·b1^i·g.
+    """
+    b1, b2 = decay_rate(b1), decay_rate(b2)
+    overlap = 1 - b1.value / jnp.maximum(b2.value, TINY)
+    return jnp.maximum(overlap, 0) / b1.complement * jnp.abs(mu)
 
 
 def abs_sq(x: jax.Array) -> jax.Array:

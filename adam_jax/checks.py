@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from adam_jax.arithmetic import Decay
 from adam_jax.paths import leaves_with_path, path_string
@@ -496,7 +497,7 @@ def on_explicit_mesh(mesh: Any, tree: Any) -> None:
     if not jax.sharding.get_abstract_mesh().empty:
         return
     for path, x in leaves_with_path(tree):
-        if isinstance(x, jax.core.Tracer) and jax.typeof(x).sharding.mesh.empty:
+        if isinstance(x, Tracer) and jax.typeof(x).sharding.mesh.empty:
             raise ValueError(
                 f"{who()}: {_at('the gradient of', path)} must be on the mesh, whose axes are "
                 f"explicit, got an array on one device; put the parameters on the mesh, e.g. "

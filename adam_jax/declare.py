@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # What the engine hands to a rule that asks for it by name, beside the hyperparameters.
@@ -16,10 +16,24 @@ class Moment(NamedTuple):
 
     signed: bool
     start: float | str = 0.0
+    average: bool = True
+    """Whether it is an average. Stochastic rounding is unbiased for averages; a maximum keeps what
+    was rounded up by chance."""
+    bound: Callable[..., Any] | None = None
+    """What its exact value can't be below, from other moments and hyperparameters by name."""
 
     def starting_at(self, start: float | str) -> Moment:
         """The same moment, starting at a number or at the hyperparameter of that name."""
         return self._replace(start=start)
+
+    def at_least(self, bound: Callable[..., Any]) -> Moment:
+        """The same moment, read from quantized storage as at least `bound(…)`.
+
+        `bound` is given moments and hyperparameters of the rule by the names of its arguments. It
+        must hold for the exact moments: quantized ones may break it, which makes a step larger than
+        any that the exact rule takes.
+        """
+        return self._replace(bound=bound)
 
 
 signed = Moment(signed=True)
@@ -27,6 +41,9 @@ signed = Moment(signed=True)
 
 positive = Moment(signed=False)
 """A moment that is never negative, such as an average of squared gradients."""
+
+running_max = Moment(signed=False, average=False)
+"""A largest value so far, which is never negative. Quantized storage rounds it down."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +65,14 @@ class Rule:
     def averages(self) -> int:
         """How many means over the leaf its factor takes."""
         return len(inspect.signature(self.factor).parameters) if self.factor else 0
+
+    def bounds(self, moments: Sequence[Any], hyperparams: Mapping[str, Any]) -> list[Any]:
+        """What each moment can't be below, given all of them; None without a bound."""
+        known = {**hyperparams, **dict(zip(self.moments, moments, strict=True))}
+        return [
+            m.bound(**{k: known[k] for k in _arguments(m.bound)}) if m.bound else None
+            for m in self.moments.values()
+        ]
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
@@ -114,6 +139,13 @@ def rule(
                 f"rule {step.__name__}: the arguments after the gradient must be the declared "
                 f"moments ({', '.join(moments)}) in that order, got ({', '.join(positional[1:])})"
             )
+        for name, moment in moments.items():
+            unknown = set(_arguments(moment.bound)) - {*moments, *keywords}
+            if unknown:
+                raise TypeError(
+                    f"rule {step.__name__}: the bound of {name} must take moments and "
+                    f"hyperparameters of the rule, got {', '.join(sorted(unknown))}"
+                )
         named = {k: v for k, v in keywords.items() if k not in INPUTS}
         options = {k: v for k, v in named.items() if isinstance(v, (bool, str)) or _is_function(v)}
         return Rule(
@@ -126,6 +158,10 @@ def rule(
         )
 
     return declare
+
+
+def _arguments(function: Callable[..., Any] | None) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters) if function else ()
 
 
 def _is_function(default: Any) -> bool:

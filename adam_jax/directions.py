@@ -14,7 +14,7 @@ from adam_jax import checks, rules
 from adam_jax.declare import Rule
 from adam_jax.engine import Link, lift, link
 from adam_jax.states import RmsCounted, RStdDevCounted
-from adam_jax.storage import Storage, with_dtype
+from adam_jax.storage import Storage, may_round, renamed, with_dtype
 from adam_jax.transformation import Transformation, constructor
 
 ScalarOrSchedule: TypeAlias = optax.ScalarOrSchedule
@@ -202,10 +202,16 @@ def scale_by_stddev(
 ) -> Transformation:
     """The direction of `rmsprop` with centered=True: g / √(nu - mu² + eps).
 
+    With storage="bfloat16" or "int8" the state keeps nu - mu², as `variance`, in place of nu.
+
     >>> tx = scale_by_stddev(decay=0.99)
     """
     given = {"decay": decay, "eps": eps, "initial_scale": initial_scale}
     given |= {"eps_in_sqrt": eps_in_sqrt, "bias_correction": bias_correction}
+    if may_round(storage, ("mu", "nu")):
+        return _direction(
+            rules.rms_variance, given, renamed(storage, "nu", "variance"), implementation
+        )
     state = RStdDevCounted if bias_correction else optax.ScaleByRStdDevState
     return _direction(rules.rms_centered, given, storage, implementation, state)
 

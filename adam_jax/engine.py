@@ -21,7 +21,7 @@ import optax
 
 from adam_jax import checks, hyperparams, parameters, storage
 from adam_jax.arithmetic import arithmetic_dtype
-from adam_jax.declare import Rule
+from adam_jax.declare import Moment, Rule
 from adam_jax.implementations import IMPLEMENTATIONS, Step, orders
 from adam_jax.parameters import is_narrow
 from adam_jax.paths import Key, is_box, keys, map_with_path, rebox, unbox
@@ -128,10 +128,15 @@ class Chain:
         states = self._own(state)
         steps = [_step(link, s) for link, s in zip(self.links, states, strict=True)]
         scalars, layout = hyperparams.pack([(step.t, step.operands) for step in steps])
+        counts = jnp.stack(
+            [jnp.uint32(0) if s.t is None else s.t.astype(jnp.uint32) for s in steps]
+        )
         tree = Tree(updates)
         moments = self._moments(tree, states)
         stepped = [
-            self._step_leaf(path, key, u, g, p, stored, stages, scalars, layout, emit_params)
+            self._step_leaf(
+                path, key, u, g, p, stored, stages, scalars, layout, counts, emit_params
+            )
             for (path, u), key, g, p, stored, stages in zip(
                 tree.leaves,
                 tree.keys,
@@ -199,6 +204,7 @@ class Chain:
         stages: Stages,
         scalars: jax.Array,
         layout: Any,
+        counts: jax.Array,
         emit_params: bool,
     ) -> tuple[Any, Sequence[tuple[Any, ...]]]:
         """Checks one leaf and runs the rules on it; a leaf without a gradient stays as it is."""
@@ -219,7 +225,8 @@ class Chain:
         if np.size(u) == 0:
             return p if lands else u, stored
         draw = p.draw if is_narrow(p) else None
-        key = _key(leaf_key, draw) if storage.draws(stored) or draw is not None else None
+        draws = storage.draws(stored) or draw is not None
+        key = Seeds(_name_key(leaf_key), draw, counts) if draws else None
         run = IMPLEMENTATIONS[self.implementation]
         # what is drawn waits for the parameter that apply_updates will make
         waits = key is not None and self._scaled() and orders()
@@ -236,11 +243,26 @@ class Chain:
         ]
 
 
-def _key(leaf: Key, draw: jax.Array | None) -> jax.typing.ArrayLike:
-    """What a leaf's random bits depend on: its path, and what its parameter is drawn by."""
+class Seeds(NamedTuple):
+    """What the random bits of a leaf depend on."""
+
+    leaf: Any
+    """A hash of its path."""
+    parameter: Any
+    """The seed and step of its parameter, if that is rounded stochastically."""
+    counts: Any
+    """The step of each link, for its moments."""
+
+    def packed(self) -> jax.Array:
+        """One vector of uint32: the leaf, the parameter, the steps."""
+        parameter = 0 if self.parameter is None else self.parameter
+        first = jnp.stack([jnp.asarray(x, jnp.uint32) for x in (self.leaf, parameter)])
+        return jnp.concatenate([first, self.counts])
+
+
+def _name_key(leaf: Key) -> np.uint32:
     path, repeated = leaf
-    name = np.array([name_key(f"{path}#{repeated}" if repeated else path)], np.uint32)
-    return name if draw is None else jnp.append(name, draw)
+    return np.uint32(name_key(f"{path}#{repeated}" if repeated else path))
 
 
 class Tree:
@@ -357,6 +379,7 @@ def run_leaf(u, g, p, stored, scalars, key, *, settings):
     stages, layout, run, lands = settings
     asks = [stage[0].averages for stage in stages if stage and stage[0].factor]
     step = functools.partial(leaf, stages, layout, lands, float(np.size(u)))
+    key = None if key is None else key.packed()
     return run(step, asks, 2 if lands else 0, u, g, p, stored, scalars, key)
 
 
@@ -387,44 +410,79 @@ def leaf(
     dtype = arithmetic_dtype(*storage.dtypes((u, g, p, stored)))
     real = jnp.finfo(dtype).dtype
     operands = hyperparams.unpack(scalars.astype(real), layout)
-    active = [(stage, o) for stage, o in zip(stages, operands, strict=True) if stage is not None]
+    active = [
+        (stage, o, k)
+        for k, (stage, o) in enumerate(zip(stages, operands, strict=True))
+        if stage is not None
+    ]
     emitted, u = u.dtype, u.astype(dtype)
     g = u if g is None else g.astype(dtype)
     kept, p = p, None if p is None else parameters.read(p, dtype)
-    results = []
-    for ((rule, options), (t, hyper)), moments in zip(active, stored, strict=True):
+
+    def draw_bits(k: int, name: str = "") -> jax.Array | None:
+        """Draw for the parameter, k = 1, or for a moment, from k = 2 on."""
+        if key is None or place is None:
+            return None
+        return random_bits(key[0], key[k], place, name)
+
+    results: list[tuple[Any, Any, Any, Any, Any]] = []
+    for ((rule, options), (t, hyper), k), moments in zip(active, stored, strict=True):
         given = {"t": t, "g": g, "p": p, "size": size}
         inputs = {name: given[name] for name in rule.inputs}
-        decoded = [
-            storage.decode(x, dtype if moment.signed else real)
-            for x, moment in zip(moments, rule.moments.values(), strict=True)
-        ]
+        received = u
+        decoded = _decode(rule, moments, hyper, dtype)
         with _promotion(dtype):
             u, averaged, *new = _apply(rule, u, decoded, **inputs, **hyper, **dict(options))
         if rule.factor is not None:
             means = yield averaged
             with _promotion(dtype):
                 u = u * rule.factor(*means)
-        results.append((rule.moments, new, moments, t))
+        draw = (lambda _: None) if t is None else functools.partial(draw_bits, 2 + k)
+        results.append((rule.moments, new, moments, received, draw))
     if not lands:
         result = u.astype(emitted)
     else:
         if not is_narrow(kept):
             u = u.astype(emitted).astype(dtype)  # as it would have been emitted
-        bits = None
-        if key is not None and place is not None and parameters.draws(kept):
-            bits = random_bits(key[0], key[1], place)
+        bits = draw_bits(1) if parameters.draws(kept) else None
         result = parameters.land(kept, jnp.add(p, u), bits)
     if key is not None and ordered and kept is not None:
         key = after(jax.tree.leaves(result)[0] if lands else _landed(kept, result), key)
-    written = []
-    for names, new, moments, t in results:
-        draw = None
-        if key is not None and place is not None and t is not None and storage.draws(moments):
-            draw = functools.partial(random_bits, key[0], t, place)
-        encode = functools.partial(storage.encode, draw=draw, share=share)
-        written.append(tuple(map(encode, names, new, moments)))
-    return result, written
+    return result, [_encode(*each, share) for each in results]
+
+
+def _encode(
+    declared: Mapping[str, Moment],
+    new: Sequence[jax.Array],
+    old: Sequence[Any],
+    received: jax.Array,
+    draw: Callable[[str], jax.Array | None],
+    share: Callable[..., jax.Array] | None,
+) -> tuple[Any, ...]:
+    """Return the new moments of one rule as the old ones are stored."""
+    encoded = []
+    for (name, moment), x, stored in zip(declared.items(), new, old, strict=True):
+        bits = draw(name) if moment.average and storage.draws(stored) else None
+        if storage.is_coded(stored):
+            x = storage.saturate(x, received)
+        encoded.append(storage.encode(x, stored, bits, share, average=moment.average))
+    return tuple(encoded)
+
+
+def _decode(
+    rule: Rule, stored: Sequence[Any], hyperparams: Mapping[str, Any], dtype: Any
+) -> list[jax.Array]:
+    """Return the moments of one leaf; a quantized one is at least what its rule declares."""
+    real = jnp.finfo(dtype).dtype
+    moments = [
+        storage.decode(x, dtype if moment.signed else real)
+        for x, moment in zip(stored, rule.moments.values(), strict=True)
+    ]
+    bounds = rule.bounds(moments, hyperparams) if any(map(storage.is_coded, stored)) else moments
+    return [
+        jnp.maximum(m, bound) if storage.is_coded(x) and bound is not None else m
+        for m, bound, x in zip(moments, bounds, stored, strict=True)
+    ]
 
 
 def _landed(p: Any, update: Any) -> Any:

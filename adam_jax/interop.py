@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -16,7 +15,8 @@ import optax
 from adam_jax import checks, parameters, storage
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.paths import leaves_with_path, path_string
-from adam_jax.states import moment_fields, named_tuples
+from adam_jax.states import moment_fields, moments, named_tuples, state_class
+from adam_jax.transformation import parts
 
 TORCH_FIELDS = {
     "exp_avg": "mu",
@@ -103,14 +103,14 @@ def from_torch(
             found.setdefault(moment, {})[path] = jnp.asarray(x)
     if len(steps) > 1:
         raise ValueError(f"from_torch: parameters have made different numbers of steps: {steps}")
-    given = collections.namedtuple("Given", ["count", *found])(
-        jnp.int32(max(steps, default=0)), **found
-    )
+    count = jnp.int32(max(steps, default=0))
+    given = state_class(tuple(found), True)(count=count, **found)
     with checks.naming("from_torch"):
         fresh = tx.init(params)
-        donors: dict[Any, list[Any]] = {frozenset(found): [given]}
-        converted = _convert(fresh, donors, given.count)
-        if donors[frozenset(found)]:
+        given = _recentered(given, {_kind(s) for _, s in named_tuples(fresh)})
+        donors: dict[Any, list[Any]] = {_kind(given): [given]}
+        converted = _convert(fresh, donors, count, _maxima(tx))
+        if found and donors[_kind(given)]:
             checks.not_convertible([sorted(found)], "which tx does not keep")
         return converted
 
@@ -175,13 +175,28 @@ def convert_state(
     with checks.naming("convert_state"):
         fresh = tx.init(params)
         donors: dict[Any, list[Any]] = {}
+        kinds = {_kind(s) for _, s in named_tuples(fresh)}
         for _, s in named_tuples(state):
+            s = _recentered(s, kinds)
             donors.setdefault(_kind(s), []).append(s)
-        converted = _convert(fresh, donors, _any_count(state))
+        converted = _convert(fresh, donors, _any_count(state), _maxima(tx))
         left = [kind for kind, unused in donors.items() if unused and isinstance(kind, frozenset)]
         if left:
             checks.not_convertible(map(sorted, left), "which tx does not keep")
         return converted
+
+
+def _recentered(s: Any, wanted: set[Any]) -> Any:
+    """Return centered RMSprop's moments as they are wanted: with nu, or the variance nu - mu²."""
+    kind, forms = _kind(s), (frozenset({"mu", "nu"}), frozenset({"mu", "variance"}))
+    if kind not in forms or kind in wanted or not wanted.intersection(forms):
+        return s
+    old, new, sign = ("nu", "variance", -1) if kind == forms[0] else ("variance", "nu", 1)
+    values = moments(s)
+    other = jax.tree.map(lambda m, v: v + sign * m * m, values["mu"], values[old])
+    counted = _any_count(s)
+    fields = {"mu": values["mu"], new: other} | ({} if counted is None else {"count": counted})
+    return state_class(("mu", new), counted is not None)(**fields)
 
 
 def _kind(s: Any) -> Any:
@@ -189,13 +204,19 @@ def _kind(s: Any) -> Any:
     return frozenset(moment_fields(s)) or type(s)
 
 
-def _convert(node: Any, donors: dict[Any, list[Any]], steps: Any) -> Any:
+def _maxima(tx: Any) -> set[str]:
+    """Return the names of the moments of `tx` that are no averages."""
+    moments = [item for link in parts(tx) for item in link.rule.moments.items()]
+    return {name for name, moment in moments if not moment.average}
+
+
+def _convert(node: Any, donors: dict[Any, list[Any]], steps: Any, maxima: Collection[str]) -> Any:
     """A fresh state, or a container of some, with what the donors have in its place."""
     if not hasattr(node, "_fields"):
         if isinstance(node, (tuple, list)):
-            return type(node)(_convert(x, donors, steps) for x in node)
+            return type(node)(_convert(x, donors, steps, maxima) for x in node)
         if isinstance(node, dict):
-            return {k: _convert(x, donors, steps) for k, x in node.items()}
+            return {k: _convert(x, donors, steps, maxima) for k, x in node.items()}
         return node
     kind = _kind(node)
     donor = donors[kind].pop(0) if donors.get(kind) else None
@@ -206,18 +227,18 @@ def _convert(node: Any, donors: dict[Any, list[Any]], steps: Any) -> Any:
         mine = getattr(node, name)  # a tuple has a method count
         given = getattr(donor, name) if name in getattr(donor, "_fields", ()) else None
         if name in moment_fields(node):
-            new[name] = _moment(name, given, mine)
+            new[name] = _moment(name, given, mine, name not in maxima)
         elif name in COUNTS:
             given = steps if given is None else jax.tree.leaves(given)[0]
             new[name] = mine if given is None else jnp.asarray(given, mine.dtype)
         elif named_tuples(mine) or given is None:
-            new[name] = _convert(mine, donors, steps)
+            new[name] = _convert(mine, donors, steps, maxima)
         else:
-            new[name] = _moment(name, given, mine)
+            new[name] = _moment(name, given, mine, name not in maxima)
     return type(node)(**new)
 
 
-def _moment(name: str, given: Any, mine: Any) -> Any:
+def _moment(name: str, given: Any, mine: Any, average: bool) -> Any:
     """A moment's values, read from one state, as another keeps them."""
     theirs, ours = storage.leaves(given), storage.leaves(mine)
     if set(theirs) != set(ours):
@@ -234,17 +255,17 @@ def _moment(name: str, given: Any, mine: Any) -> Any:
         if jnp.shape(storage.codes_of(x)) != shape:
             got = jnp.shape(storage.codes_of(x))
             checks.not_convertible([[name]], f"of {key[0]!r} in shape {got} where tx has {shape}")
-        new.append(_recode(name, x, old))
+        new.append(_recode(name, average, x, old))
     return storage.with_leaves(mine, new)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _recode(name: str, x: Any, like: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _recode(name: str, average: bool, x: Any, like: Any) -> Any:
     kept_in = getattr(like, "dtype", jnp.float32)
     if name == "rest" and jnp.issubdtype(kept_in, jnp.integer):  # below master weights' parameters
         return parameters.rest_as(x, like.dtype)
     dtype = arithmetic_dtype(*storage.dtypes((x, like)))
-    return storage.encode(name, storage.decode(x, dtype), like, None)
+    return storage.encode(storage.decode(x, dtype), like, None, average=average)
 
 
 def _any_count(state: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-TINY = 2.0**-126  # below, XLA takes numbers for 0
+from adam_jax.arithmetic import TINY
 
 
 class Narrow(NamedTuple):
@@ -80,7 +80,7 @@ def land(p: Any, new: jax.Array, draws: jax.Array | None) -> Any:
     cut = 16 if p.rest is None else _cut(p.rest.dtype)
     if draws is not None:  # up with the probability that makes it right on average
         below = (1 << cut) - 1
-        drawn = (draws & jnp.uint32(below)).astype(jnp.int32)
+        drawn = (draws >> (32 - cut)).astype(jnp.int32)  # the high bits are independent
         bits = jnp.where(jnp.isfinite(new), (bits + drawn) & ~below, bits)
     nearest = _float((bits + 0x8000) & ~0xFFFF)
     before = p.value.astype(jnp.float32)

@@ -14,13 +14,18 @@ from adam_jax.arithmetic import (
     averaging_length,
     debias,
     ema,
+    least_norm,
+    least_square,
     momentum_product,
     sqrt,
 )
-from adam_jax.declare import Rule, positive, rule, signed
+from adam_jax.declare import Rule, positive, rule, running_max, signed
+
+average_square = positive.at_least(least_square)
+"""An average of squared gradients, beside an average mu of the gradients themselves."""
 
 
-@rule(mu=signed, nu=positive)
+@rule(mu=signed, nu=average_square)
 def adam(g, mu, nu, *, t, b1, b2, eps, eps_root):
     """Kingma & Ba (2015), Algorithm 1; eps_root = 0 there.
 
@@ -31,7 +36,7 @@ def adam(g, mu, nu, *, t, b1, b2, eps, eps_root):
     return debias(mu, b1, t) / (sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
 
 
-@rule(mu=signed, nu=positive)
+@rule(mu=signed, nu=average_square)
 def adam_eps_hat(g, mu, nu, *, t, b1, b2, eps):
     """Kingma & Ba (2015), end of section 2: ε̂ joins the uncorrected √nu, as in Keras."""
     mu = ema(b1, mu, g)
@@ -45,7 +50,7 @@ def look_ahead(mu, g, b1, t):
     return ema(b1, debias(mu, b1, t + 1), debias(g, b1, t))
 
 
-@rule(mu=signed, nu=positive)
+@rule(mu=signed, nu=average_square)
 def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root):
     """Dozat (2016) with a constant momentum, as in Optax.
 
@@ -56,7 +61,7 @@ def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root):
     return look_ahead(mu, g, b1, t) / (sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
 
 
-@rule(mu=signed, nu=positive)
+@rule(mu=signed, nu=average_square)
 def nadam_scheduled(g, mu, nu, *, t, b1, b2, eps, eps_root, momentum_decay):
     """Dozat (2016), Algorithm 2, whose momentum warms up: b1·(1 - ½·0.96^(t·momentum_decay)).
 
@@ -70,7 +75,7 @@ def nadam_scheduled(g, mu, nu, *, t, b1, b2, eps, eps_root, momentum_decay):
     return ahead / (sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
 
 
-@rule(mu=signed, nu=positive, nu_max=positive)
+@rule(mu=signed, nu=average_square, nu_max=running_max)
 def amsgrad(
     g, mu, nu, nu_max, *, t, b1, b2, eps, eps_root, bias_correction_mu=True, bias_correction_nu=True
 ):
@@ -85,7 +90,7 @@ def amsgrad(
     return m / (sqrt(nu_max + eps_root) + eps), mu, nu, nu_max
 
 
-@rule(mu=signed, nu=positive, nu_max=positive)
+@rule(mu=signed, nu=average_square, nu_max=running_max)
 def amsgrad_raw(
     g, mu, nu, nu_max, *, t, b1, b2, eps, eps_root, bias_correction_mu=True, bias_correction_nu=True
 ):
@@ -101,15 +106,19 @@ def amsgrad_raw(
     return m / (sqrt(v + eps_root) + eps), mu, nu, nu_max
 
 
-@rule(mu=signed, nu=positive)
+@rule(mu=signed, nu=positive.at_least(least_norm))
 def adamax(g, mu, nu, *, t, b1, b2, eps):
-    """Kingma & Ba (2015), Algorithm 2; ε joins |g| as in PyTorch and Optax (none in the paper)."""
+    """Kingma & Ba (2015), Algorithm 2; ε joins |g| as in PyTorch and Optax (none in the paper).
+
+    nu decays, so quantized storage rounds it as it does an average: rounded down at every step, it
+    would lose a code at every step.
+    """
     mu = ema(b1, mu, g)
     nu = jnp.maximum(b2 * nu, jnp.abs(g) + eps)
     return debias(mu, b1, t) / nu, mu, nu
 
 
-@rule(mu=signed, nu=positive)
+@rule(mu=signed, nu=average_square)
 def radam(g, mu, nu, *, t, b1, b2, eps, eps_root, threshold, nesterov=False):
     """Liu et al. (2020), Algorithm 2: Adam, rectified once its variance is tractable.
 
@@ -148,7 +157,12 @@ def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
     return debias(mu, b1, t) / (sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
 
 
-@rule(m=signed, v=signed, n=positive, g=signed)
+def least_adan(m, b1, b3):
+    """Return the least that Adan's n can be: it averages (g + c·Δg)², of which g are averages."""
+    return jnp.maximum(1 - 0.5 / b3, 0) * least_square(m, b1, b3)  # for c ≤ 1
+
+
+@rule(m=signed, v=signed, n=positive.at_least(least_adan), g=signed)
 def adan(gradient, m, v, n, g, *, t, b1, b2, b3, eps, eps_root, difference_weight="b2"):
     """Xie et al. (2022), Algorithm 1: Nesterov momentum from differences of gradients.
 
@@ -192,7 +206,11 @@ def adopt(
     return jnp.where(first, mu, ema(b1, mu, x)) if nesterov else mu, mu, nu
 
 
-@rule(m1=signed, m2=signed, nu=positive)
+@rule(
+    m1=signed,
+    m2=signed,
+    nu=positive.at_least(lambda m1, b1, b2: least_square(m1, b1, b2)),
+)
 def ademamix(g, m1, m2, nu, *, t, b1, b2, b3, alpha, eps, eps_root):
     """Pagliardini et al. (2024), Algorithm 1: a second, slow average that remembers old gradients.
 
@@ -204,7 +222,7 @@ def ademamix(g, m1, m2, nu, *, t, b1, b2, b3, alpha, eps, eps_root):
     return mixed / (sqrt(debias(nu, b2, t) + eps_root) + eps), m1, m2, nu
 
 
-@rule(m=signed, n=positive)
+@rule(m=signed, n=positive.at_least(lambda m, b1, b2: least_square((1 - b1) * m, b1, b2)))
 def simplified_ademamix(g, m, n, *, t, b1, b2, alpha, eps, eps_root):
     """Morwani et al. (2025), Algorithm 1: AdEMAMix with one moment, a sum instead of an average.
 
@@ -215,7 +233,7 @@ def simplified_ademamix(g, m, n, *, t, b1, b2, alpha, eps, eps_root):
     return (m + alpha * g) / (sqrt(debias(n, b2, t) + eps_root) + eps), m, n
 
 
-@rule(mu=signed, nu=positive)
+@rule(mu=signed, nu=average_square)
 def adam_atan2(g, mu, nu, *, t, b1, b2, a, b):
     """Everett et al. (2024), section 4: a·atan2(m̂, b·√v̂) needs no ε and knows no scale."""
     mu = ema(b1, mu, g)
@@ -225,7 +243,7 @@ def adam_atan2(g, mu, nu, *, t, b1, b2, a, b):
     return a * jnp.arctan2(m, jnp.where(at_rest, 1, b * root)), mu, nu
 
 
-@rule(factor=lambda mean_sq: 1 / jnp.maximum(1, sqrt(mean_sq)), mu=signed, nu=positive)
+@rule(factor=lambda mean_sq: 1 / jnp.maximum(1, sqrt(mean_sq)), mu=signed, nu=average_square)
 def stable_adamw(g, mu, nu, *, t, b1, b2, eps):
     """Wortsman et al. (2023), Algorithm 2: Adam, slowed where g² outgrows nu.
 
@@ -264,6 +282,22 @@ def rms_centered(g, mu, nu, *, t, decay, eps, eps_in_sqrt=True, bias_correction=
     m, v = (debias(x, decay, t) if bias_correction else x for x in (mu, nu))
     variance = jnp.maximum(v - abs_sq(m), 0)  # rounding may leave it below zero
     return g / (sqrt(variance + eps) if eps_in_sqrt else sqrt(variance) + eps), mu, nu
+
+
+@rule(mu=signed, variance=positive.starting_at("initial_scale"))
+def rms_variance(g, mu, variance, *, t, decay, eps, eps_in_sqrt=True, bias_correction=False):
+    """Return `rms_centered` from moments that quantized storage can hold: mu, and nu - mu².
+
+    The difference of quantized moments is mostly their errors. Welford's recursion (1962) has none:
+    with weight w for the new gradient, mean ← mean + w·(g - mean) makes
+    variance ← (1 - w)·(variance + w·(g - mean)²).
+    """
+    w, mean = 1 - decay, mu
+    if bias_correction:
+        w, mean = debias(w, decay, t), debias(mu, decay, jnp.maximum(t - 1, 1))
+    variance = (1 - w) * (variance + w * abs_sq(g - mean))
+    mu = ema(decay, mu, g)
+    return g / (sqrt(variance + eps) if eps_in_sqrt else sqrt(variance) + eps), mu, variance
 
 
 @rule(trace=signed)
@@ -358,12 +392,10 @@ def mars(g, g_prev, *, gamma, b1, size):
 def schedule_free(u, z, *, p, b1, share):
     """Defazio et al. (2024), equations 3-5: z takes the steps, x averages z, y between them trains.
 
-    u is the step of z, p is y, and x is known from both: y = (1 - b1)·z + b1·x.
+    z ← z + u, x ← (1 - share)·x + share·z, y = (1 - b1)·z + b1·x. The parameter p is y; x is not
+    kept. With x = (y - (1 - b1)·z)/b1 put in, y moves by the sum below, in which no digits cancel.
     """
-    x = (p - (1 - b1) * z) / b1
-    z = z + u
-    x = (1 - share) * x + share * z
-    return ema(b1, x, z) - p, z
+    return (1 - b1) * u + share * (z - p + b1 * u), z + u
 
 
 RULES: dict[str, Rule] = {name: r for name, r in globals().items() if isinstance(r, Rule)}

@@ -12,7 +12,7 @@ from adam_jax import checks, rules
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.engine import Link, lift, link
 from adam_jax.states import RmsCounted, named_tuples
-from adam_jax.storage import Storage, uncoded, with_dtype
+from adam_jax.storage import Blocks, Storage, uncoded, with_dtype
 from adam_jax.transformation import Transformation, constructor, made_of, source_of
 
 
@@ -98,7 +98,9 @@ def schedule_free_adamw(
     def init(params: optax.Params) -> Any:
         states: Any = chain(0.0, 0.0).init(params)
         *base, iterate = states
-        z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), iterate.z, params)
+        without_leaves = isinstance(iterate.z, Blocks)  # z is never quantized
+        z = iterate.z.codes if without_leaves else iterate.z
+        z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), z, params)
         dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves(z))).type(0).real.dtype
         return optax.contrib.ScheduleFreeState(
             b1=jnp.asarray(b1, dtype),

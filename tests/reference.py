@@ -387,6 +387,20 @@ def rms_centered(
     return u, {"mu": mu, "nu": nu}
 
 
+def rms_variance(
+    g, s, *, t, decay=0.9, eps=1e-8, initial_scale=0.0, eps_in_sqrt=True, bias_correction=False
+):
+    """`rms_centered`, whose nu is here what is kept of it, nu - |mu|^2, plus |mu|^2.
+
+    Checked: it is rms_centered.
+    """
+    mu = s.get("mu", 0.0)
+    before = {"mu": mu, "nu": s.get("variance", initial_scale) + abs_sq(mu)}
+    options = {"eps": eps, "eps_in_sqrt": eps_in_sqrt, "bias_correction": bias_correction}
+    u, after = rms_centered(g, before, t=t, decay=decay, **options)
+    return u, {"mu": after["mu"], "variance": after["nu"] - abs_sq(after["mu"])}
+
+
 def trace(g, s, *, t, decay=0.9, nesterov=False):
     """Heavy-ball momentum (Polyak, 1964); Nesterov's as Sutskever et al. (2013).
 

@@ -38,7 +38,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    "name, storage", [*((name, "float32") for name in VARIANTS), ("AdamW", "int8"), ("SGD", "int8")]
+    "name, storage",
+    [
+        *((name, "float32") for name in VARIANTS),
+        *((n, "int8") for n in ("AdamW", "SGD", "RMSprop")),
+    ],
 )
 def test_a_torch_run_continues(name, storage):
     torch = pytest.importorskip("torch")

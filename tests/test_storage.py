@@ -15,7 +15,7 @@ from adam_jax.storage.dense import stochastic_bfloat16
 
 
 def random_bits(key, shape):
-    return noise.random_bits(jnp.uint32(key), jnp.float32(1), noise.whole(shape))
+    return noise.random_bits(jnp.uint32(key), jnp.uint32(1), noise.whole(shape))
 
 
 finite = st.floats(-(2.0**127), 2.0**127, width=32).filter(lambda x: x == 0 or abs(x) > 1e-37)

@@ -41,12 +41,15 @@ class Code:
         draw uniform in [0, 1) for stochastic rounding; it is 1/2 where the nearest is wanted.
       decode: codes → y in float32. ±1 and 0 must come back exactly.
       block: how many elements along the last axis share a scale, a power of two.
+      round_down: y → codes, rounded down, to zero too, for a running maximum; without it, such a
+        moment is rounded to nearest.
     """
 
     dtype: Any
     encode: Callable[[jax.Array, jax.Array], jax.Array]
     decode: Callable[[jax.Array], jax.Array]
     block: int = 128
+    round_down: Callable[[jax.Array], jax.Array] | None = None
 
 
 def scales_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
@@ -74,21 +77,29 @@ def encode(
     draw: jax.Array,
     block: int,
     share: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    down: bool = False,
 ) -> Blocks:
-    """x in codes, each block's largest magnitude exactly; an Inf or NaN makes its block NaN.
+    """Encode x, each block's largest magnitude exactly; an Inf or NaN makes its block NaN.
 
-    `share` finds the largest of each block where x is only a part of them.
+    `share` finds the largest of each block where x is only a part of them. With `down` nothing is
+    rounded up, if the code can round down.
     """
     n = x.shape[-1]
     largest = largest_of(_sizes(x), block) if share is None else share(_sizes(x))
-    scales = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+    down = down and code.round_down is not None
+    # scales that seldom change: under equal scales, what was rounded down before stays as it is
+    scales = _power_of_four(largest) if down else largest
+    scales = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
     # a hair above 1, so that the largest reaches 1 in spite of rounding; in two factors, because
     # 1/scale leaves float32's range at both of its ends
     halfway = jnp.where(scales > 1, 2.0**-63, 2.0**63).astype(jnp.float32)
     inverse = jnp.where(scales > 0, (1 + 2.0**-22) / (scales * halfway), 0)
     y = x * _each(halfway, block, n) * _each(inverse, block, n)
     y = at_least(y, jnp.where(x > 0, jnp.finfo(y.dtype).tiny, -1))  # no underflow
-    return Blocks(code.encode(at_most(y, 1), draw), scales)
+    y = at_most(y, 1)
+    codes = code.round_down(y) if down and code.round_down else code.encode(y, draw)
+    return Blocks(codes, scales)
 
 
 def at_least(x: jax.Array, low: jax.typing.ArrayLike) -> jax.Array:
@@ -117,6 +128,12 @@ def apart(sizes: jax.Array, block: int) -> jax.Array:
     if missing:
         sizes = jnp.pad(sizes, [(0, 0)] * (sizes.ndim - 1) + [(0, missing)])
     return sizes.reshape(*sizes.shape[:-1], -1, block)
+
+
+def _power_of_four(x: jax.Array) -> jax.Array:
+    """Round x ≥ 0 up to the next of the numbers …, ⅛, ½, 2, 8, …; the largest of them is 2¹²⁷."""
+    up = _bits(x) + 0x00FFFFFF & ~0x00FFFFFF
+    return _floats(jnp.minimum(up, 0x7F000000))
 
 
 def _sizes(x: jax.Array) -> jax.Array:

@@ -36,6 +36,10 @@ def _encode_positive(y: jax.Array, draw: jax.Array) -> jax.Array:
     return _whole(at_least(q, jnp.where(y > 0, 1.0, 0.0))).astype(jnp.uint8)
 
 
+def _round_down_positive(y: jax.Array) -> jax.Array:
+    return _whole(jnp.floor(jnp.sqrt(y * 255**2))).astype(jnp.uint8)
+
+
 def _decode_positive(codes: jax.Array) -> jax.Array:
     q = codes.astype(jnp.float32)
     return _exact_ends(q * q, 255)
@@ -53,4 +57,4 @@ def _whole(q: jax.Array) -> jax.Array:
 
 
 SIGNED = Code(jnp.int8, _encode_signed, _decode_signed)
-POSITIVE = Code(jnp.uint8, _encode_positive, _decode_positive)
+POSITIVE = Code(jnp.uint8, _encode_positive, _decode_positive, round_down=_round_down_positive)

@@ -31,18 +31,18 @@ def decode(stored: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def encode(
-    name: str,
     x: jax.Array,
     stored: Any,
-    draw: Callable[[str], jax.Array] | None,
+    bits: jax.Array | None,
     share: Callable[..., jax.Array] | None = None,
+    *,
+    average: bool = True,
 ) -> Any:
-    """x as `stored` is stored; rounded to the nearest where there are no random bits.
+    """Encode x as `stored` is stored, rounding to nearest without random bits.
 
-    `draw` gives those of the moment with a name.
+    What is no average is rounded down instead, if its code can.
     `share` is for a part of a leaf: (its magnitudes, block) → the largest of each whole block.
     """
-    bits = None if draw is None else draw(name)
     if not isinstance(stored, Blocks):
         return dense.encode(x, stored, bits)
     part = jnp.float32(0.5) if bits is None else _uniform(bits)
@@ -50,7 +50,7 @@ def encode(
     x = jax.lax.optimization_barrier(x.astype(jnp.float32))
     code = CODES[stored.codes.dtype]
     share = None if share is None else functools.partial(share, block=code.block)
-    return _without_derivative(code, blocks.size(stored), share, x, part)
+    return _without_derivative(code, blocks.size(stored), share, not average, x, part)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
@@ -58,16 +58,28 @@ def _uniform(bits: jax.Array) -> jax.Array:
     return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def saturate(x: jax.Array, g: jax.Array) -> jax.Array:
+    """Return x with ±Inf as the largest finite number, but NaN where the gradient isn't finite.
+
+    The square of a finite gradient overflows above 1.8e19. As a scale, Inf would make the whole
+    block NaN.
+    """
+    largest = jnp.finfo(x.dtype).max
+    return jnp.where(jnp.isfinite(g), jnp.clip(x, -largest, largest), jnp.nan)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _without_derivative(
-    code: Code, block: int, share: Any, x: jax.Array, draw: jax.Array
+    code: Code, block: int, share: Any, down: bool, x: jax.Array, draw: jax.Array
 ) -> Blocks:
-    return blocks.encode(code, x, draw, block, share)
+    return blocks.encode(code, x, draw, block, share, down=down)
 
 
 @_without_derivative.defjvp
-def _no_derivative(code: Code, block: int, share: Any, primals: Any, tangents: Any) -> Any:
-    del block, share, primals, tangents
+def _no_derivative(
+    code: Code, block: int, share: Any, down: bool, primals: Any, tangents: Any
+) -> Any:
+    del block, share, down, primals, tangents
     raise checks.no_derivative(f"is coded in {jnp.dtype(code.dtype)}")
 
 
@@ -127,7 +139,7 @@ def start(
     """A moment of all leaves before the first step; `Blocks` where any of them may be coded."""
 
     def format(path: tuple[Any, ...], leaf: Any) -> Any:
-        found = format_of(storage, name, path, leaf)
+        found = format_of(storage, name, path, leaf, signed=declared.signed)
         return (
             (found.signed if declared.signed else found.positive)
             if isinstance(found, Format)

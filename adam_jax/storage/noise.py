@@ -56,9 +56,12 @@ def name_key(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def random_bits(key: jax.Array, t: jax.Array, place: Place, name: str = "") -> jax.Array:
-    """32 random bits for each element of the leaf with this key at step t; other ones by name."""
-    key = _mix(key ^ t.astype(jnp.uint32)) ^ jnp.uint32(name_key(name))
+def random_bits(key: jax.Array, step: jax.Array, place: Place, name: str = "") -> jax.Array:
+    """Return 32 random bits per element of the leaf with this key at a step; others by name.
+
+    The step is a uint32: float32 has no odd numbers above 2²⁴.
+    """
+    key = _mix(key ^ step) ^ jnp.uint32(name_key(name))
     row = _mix(place.row ^ key) + place.column * GOLDEN
     # once for each row: fused, it would be for each element
     row = jax.lax.optimization_barrier(row)

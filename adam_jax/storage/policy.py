@@ -23,8 +23,13 @@ Storage: TypeAlias = Any
 """A format's name, a dtype, {moment: either}, a function (path, leaf) of these; None: default."""
 
 
-def format_of(storage: Storage, name: str, path: tuple[Any, ...], leaf: Any) -> Any:
-    """What the moment `name` of one leaf is kept in: a dtype, or a `Format`."""
+def format_of(
+    storage: Storage, name: str, path: tuple[Any, ...], leaf: Any, *, signed: bool
+) -> Any:
+    """Return what the moment `name` of one leaf is kept in: a dtype, or a `Format`.
+
+    A signed moment of a complex leaf is complex, whatever real format is named.
+    """
     by_leaf = is_function(storage)
     if by_leaf:
         storage = storage(path_string(path), leaf)
@@ -34,14 +39,21 @@ def format_of(storage: Storage, name: str, path: tuple[Any, ...], leaf: Any) -> 
     if storage is None:
         return default
     kept = check_format(storage)
-    if not isinstance(kept, Format) or (_codable(leaf) and (by_leaf or np.size(leaf) >= MIN_SIZE)):
-        return kept
-    return arithmetic_dtype(default)
+    if isinstance(kept, Format):
+        coded = _codable(leaf) and (by_leaf or np.size(leaf) >= MIN_SIZE)
+        return kept if coded else arithmetic_dtype(default)
+    loses = signed and jnp.iscomplexobj(leaf) and not jnp.issubdtype(kept, jnp.complexfloating)
+    return default if loses else kept
 
 
 def _codable(leaf: Any) -> bool:
     """Codes are of real numbers, and a scale beside each element would save nothing."""
-    return np.ndim(leaf) > 0 and leaf.shape[-1] > 1 and not jnp.iscomplexobj(leaf)
+    return (
+        np.size(leaf) > 0
+        and np.ndim(leaf) > 0
+        and leaf.shape[-1] > 1
+        and not jnp.iscomplexobj(leaf)
+    )
 
 
 def may_code(storage: Storage, moments: Collection[str]) -> bool:
@@ -49,6 +61,13 @@ def may_code(storage: Storage, moments: Collection[str]) -> bool:
     if isinstance(storage, Mapping):
         return any(is_format(storage.get(name)) for name in moments)
     return bool(moments) and (is_format(storage) or is_function(storage))
+
+
+def may_round(storage: Storage, moments: Collection[str]) -> bool:
+    """Whether any of these moments is asked for in fewer bits than float32."""
+    formats = [storage.get(n) for n in moments] if isinstance(storage, Mapping) else [storage]
+    narrow = [f is not None and not is_function(f) and floating(f) == jnp.bfloat16 for f in formats]
+    return any(narrow) or may_code(storage, moments)
 
 
 def uncoded(storage: Storage, name: str, because: str) -> Storage:
@@ -124,6 +143,16 @@ def with_dtype(storage: Storage, moment: str, argument: str, dtype: Any) -> Stor
         )
     rest = storage if isinstance(storage, Mapping) else {}
     return storage if given is not None else {**rest, moment: dtype}
+
+
+def renamed(storage: Storage, name: str, new: str) -> Storage:
+    """Return `storage` with another name for a moment."""
+    if isinstance(storage, Mapping):
+        return {new if k == name else k: f for k, f in storage.items()}
+    if is_function(storage):
+        function: Any = storage
+        return lambda path, leaf: renamed(function(path, leaf), name, new)
+    return storage
 
 
 def split(storage: Storage, *groups: Collection[str]) -> list[Storage]:
