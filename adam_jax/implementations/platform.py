@@ -15,7 +15,8 @@ def target_platform() -> str:
     The data may still be on another platform: an accelerator's host can run a program whose
     arguments are on its CPU.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = device or jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     platform = device if isinstance(device, str) else device.platform
