@@ -384,6 +384,17 @@ def test_auto_says_once_why_there_is_no_kernel():
         kernels(named, params)
 
 
+def test_auto_on_a_platform_without_kernels(monkeypatch):
+    monkeypatch.setattr(auto, "_told", [])
+    device = jax.sharding.AbstractDevice("any", num_cores=1, platform="METAL")
+    params = {"int8": leaves()["int8"]}
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        with pytest.warns(RuntimeWarning, match="platform must be one of cpu, gpu, tpu, got METAL"):
+            assert kernels(adam_jax.adamw(1e-3, storage=by_path), params) == 0
+        with pytest.raises(NotImplementedError, match="use implementation='stream'"):
+            kernels(adam_jax.adamw(1e-3, storage=by_path, implementation="pallas"), params)
+
+
 def test_what_depends_on_scalars_is_computed_in_front():
     def f(s, x):
         return (x + jnp.broadcast_to(jnp.expm1(s[0]), x.shape)) * jnp.sum(jnp.sin(s * 2))
