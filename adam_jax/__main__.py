@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from adam_jax import tasks
+from adam_jax import __version__, tasks
 from adam_jax.catalogue import constructors, markdown, table
 from adam_jax.compare import compare
 from adam_jax.low_precision import master_weights
@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = Parser(prog="python -m adam_jax", description="The Adam family for JAX.")
+    parser.add_argument("--version", action="version", version=f"adam_jax {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_list(commands.add_parser("list", help="show the optimizers that there are"))
     add_compare(commands.add_parser("compare", help="train with several of them on a small task"))
@@ -147,8 +148,9 @@ def memory_table(count: int, devices: int) -> str:
         sizes = [count * (other + state), count * (other + state / devices)]
         cells = [f"{size / 1e9:,.1f}" for size in sizes[: len(heading) - 2]]
         rows.append([mode, f"{other + state:.2f}", *cells])
-    first = max(len(row[0]) for row in rows)
-    lines = [f"{row[0]:<{first}}" + "".join(f"{cell:>17}" for cell in row[1:]) for row in rows]
+    first, *rest = (max(map(len, column)) for column in zip(*rows, strict=True))
+    widths = [max(17, width + 2) for width in rest]
+    lines = [f"{name:<{first}}" + "".join(map(str.rjust, cells, widths)) for name, *cells in rows]
     spread = f", state spread over {devices} devices (ZeRO-1)" if devices > 1 else ""
     return "\n".join([f"{count:,} parameters, their gradients and AdamW{spread}", "", *lines])
 

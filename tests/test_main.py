@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.resources
 import os
 import re
 import subprocess
@@ -100,6 +102,28 @@ def test_memory(capsys):
     assert complaint(capsys, "memory", "--params", "many").endswith(
         "--params: must be a number >= 1, got many\n"
     )
+
+
+@pytest.mark.parametrize("params", ["1", "7e9", "1e15", "1e30", "1e300"])
+def test_the_columns_of_memory_stay_apart(capsys, params):
+    main(["memory", "--params", params, "--devices", "8"])
+    heading, *rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 5
+    for row in rows:
+        assert len(re.split(r"  +", row)) == 4
+        assert len(row) == len(heading)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert not exit.value.code
+    assert capsys.readouterr().out == f"adam_jax {adam_jax.__version__}\n"
+    assert importlib.metadata.version("adam_jax") == adam_jax.__version__
+
+
+def test_the_package_is_marked_as_typed():
+    assert (importlib.resources.files("adam_jax") / "py.typed").is_file()
 
 
 def test_unknown_optimizer(capsys):

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from adam_jax.implementations import auto, pallas, stream, xla
+from adam_jax.implementations import auto, stream, xla
 from adam_jax.implementations.steps import Step
 from adam_jax.implementations.xla import orders
 
 __all__ = ["IMPLEMENTATIONS", "Step", "orders"]
 
+
+def run_pallas(*operands: Any) -> Any:
+    """Run the step of a leaf in a kernel."""
+    # Imported at the first kernel: Pallas takes a while, and float32 state needs none.
+    from adam_jax.implementations import pallas
+
+    return pallas.run(*operands)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "auto": auto.run,
     "xla": xla.run,
     "stream": stream.run,
-    "pallas": pallas.run,
+    "pallas": run_pallas,
 }
 """Each takes the step of one leaf and its operands and returns the step's result."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import JaxprEqn, Literal, Var, jaxpr_as_fun
 
 
 class Halves(NamedTuple):
@@ -20,9 +20,10 @@ class Halves(NamedTuple):
     rest: Callable[..., Sequence[jax.Array]]
 
 
-def hoist(closed: ClosedJaxpr, small: int, drop: Collection[str]) -> Halves:
-    """Splits a computation whose first `small` operands are the same for all tiles.
+def hoist(closed: Any, small: int, drop: Collection[str]) -> Halves:
+    """Split a computation whose first `small` operands are the same for all tiles.
 
+    `closed` is what `jax.make_jaxpr` returns, whose class differs between jax 0.10 and 0.12.
     `rest` does without the primitives named in `drop`, whose results are their operands.
     """
     jaxpr = closed.jaxpr
@@ -53,7 +54,8 @@ def hoist(closed: ClosedJaxpr, small: int, drop: Collection[str]) -> Halves:
     eqns, outvars = _without(drop, rest[::-1], jaxpr.outvars)
     inside = jaxpr.replace(constvars=[], invars=[*handed, *large], outvars=outvars, eqns=eqns)
     return Halves(
-        jaxpr_as_fun(ClosedJaxpr(before, closed.consts)), jaxpr_as_fun(ClosedJaxpr(inside, []))
+        jaxpr_as_fun(closed.replace(jaxpr=before)),
+        jaxpr_as_fun(closed.replace(jaxpr=inside, consts=[])),
     )
 
 

@@ -1,7 +1,10 @@
 """One kernel for any rule and any storage: the step of a leaf, traced on a tile of it.
 
 Each tile is read once and written once, over what was read. Triton compiles the kernel on GPUs and
-Mosaic on TPUs; on CPUs it is interpreted, which is slow and for tests.
+Mosaic on TPUs; on CPUs it is interpreted, which is slow and for tests. Only the kernel of the
+platform that a program is traced for is traced, and only a GPU's imports Pallas on Triton, which
+jax 0.12 deprecates; `triton.py` keeps its warning from users. `import adam_jax` and steps without a
+kernel import no part of Pallas.
 """
 
 from __future__ import annotations
@@ -13,44 +16,82 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu, triton
 
 from adam_jax import storage
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.implementations import cut, stream, tiles
 from adam_jax.implementations.hoist import hoist
-from adam_jax.implementations.shards import Shard, per_shard
+from adam_jax.implementations.platform import target_platform
+from adam_jax.implementations.shards import per_shard
 from adam_jax.implementations.steps import Step, asked, finish
 from adam_jax.implementations.tiles import Grid
 from adam_jax.storage import Blocks
 
+Mask = Callable[[], jax.Array | None]
+"""Makes the mask of a tile, where a target needs one."""
+
+
+def _load(ref: Any, mask: Mask) -> jax.Array:
+    del mask
+    return ref[...]
+
+
+def _store(ref: Any, x: jax.Array, mask: Mask) -> None:
+    del mask
+    ref[...] = x
+
 
 class Target(NamedTuple):
-    """What kernels for one kind of device have of their own."""
+    """What kernels for one platform have of their own."""
 
     grid: Callable[[tuple[int, ...], int], Grid]
-    """(a leaf's shape, the largest of its blocks) → its tiles."""
-    parameters: Any
-    """The compiler's, which also say which compiler it is."""
+    """(a leaf's shape, the size of its largest block) → its tiles."""
     scalars: pl.BlockSpec
-    """Where scalars lie."""
-    masked: bool = False
-    """Whether reading and writing outside of an array has to be prevented."""
+    """The memory that scalars are in."""
+    compiler: Any = None
+    """Parameters of the compiler; their class selects it."""
+    load: Callable[[Any, Mask], jax.Array] = _load
+    """Reads a tile: (ref, mask) → array. The default leaves masking to the compiler."""
+    store: Callable[[Any, jax.Array, Mask], None] = _store
+    """Writes a tile: (ref, array, mask)."""
     drop: Collection[str] = ("optimization_barrier",)
     """Primitives that are for XLA alone."""
     interpret: bool = False
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda kernel: kernel
+    """Wraps the call of a kernel."""
 
 
-TRITON = Target(
-    tiles.for_registers, triton.CompilerParams(num_warps=4), pl.BlockSpec(), masked=True
-)
-MOSAIC = Target(tiles.for_vectors, tpu.CompilerParams(), pl.BlockSpec(memory_space=tpu.SMEM))
-TARGETS = {
-    ("cpu",): TRITON._replace(drop=(), interpret=True),
-    ("cuda", "rocm"): TRITON,
-    ("tpu",): MOSAIC,
-}
-"""By the platforms that a program may be lowered for."""
+def interpreted() -> Target:
+    """Return the target of a kernel that XLA runs, on CPUs: tiles as for Triton.
+
+    The interpreter pads arrays to whole tiles and drops the padding of results: it needs no masks.
+    """
+    return Target(tiles.for_registers, pl.BlockSpec(), drop=(), interpret=True)
+
+
+def triton() -> Target:
+    """Return the target of a kernel that Triton compiles, for GPUs."""
+    from adam_jax.implementations import triton
+
+    return Target(
+        tiles.for_registers,
+        pl.BlockSpec(),
+        triton.COMPILER,
+        load=triton.load,
+        store=triton.store,
+        wrap=triton.without_warning,
+    )
+
+
+def mosaic() -> Target:
+    """Return the target of a kernel that Mosaic compiles, for TPUs."""
+    from jax.experimental.pallas import tpu
+
+    return Target(tiles.for_vectors, pl.BlockSpec(memory_space=tpu.SMEM), tpu.CompilerParams())
+
+
+TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
+"""Makes the target of kernels, by the platform that a program is traced for."""
 
 
 def run(
@@ -60,30 +101,23 @@ def run(
     wide = arithmetic_dtype(*storage.dtypes((u, *operands[:3]))) != jnp.float32
     if wide or u.ndim == 0:
         return stream.run(leaf, asks, over, u, *operands)
-    return per_shard(functools.partial(_run, leaf, asks, over), over, u, *operands)
+    platform = target_platform()
+    if platform not in TARGETS:
+        raise NotImplementedError(
+            f"implementation='pallas': the platform must be one of {', '.join(TARGETS)}, got "
+            f"{platform}; use implementation='stream'"
+        )
+    step = functools.partial(_run, TARGETS[platform](), leaf, asks, over)
+    return per_shard(step, over, u, *operands)
 
 
-def _run(leaf: Callable[..., Step], asks: Sequence[int], over: int, *operands: Any) -> Any:
-    """The step of what one device has of a leaf, on whatever kind of device."""
+def _run(
+    target: Target, leaf: Callable[..., Step], asks: Sequence[int], over: int, *operands: Any
+) -> Any:
+    """The step of what one device has of a leaf."""
     *tiled, scalars, key, shard = operands
     if shard.cut:
         return cut.run(leaf, *operands)
-    on: dict[str, Callable[..., Any]] = {}
-    for platforms, kind in TARGETS.items():
-        on |= dict.fromkeys(platforms, functools.partial(_on, kind, leaf, asks, over, shard))
-    return jax.lax.platform_dependent(tiled, (scalars, key, shard.origin), **on)
-
-
-def _on(
-    target: Target,
-    leaf: Callable[..., Step],
-    asks: Sequence[int],
-    over: int,
-    shard: Shard,
-    tiled: Any,
-    small: Any,
-) -> Any:
-    """The step on one kind of device."""
     u, *_, stored = tiled
     arrays, tree = jax.tree.flatten(tiled)
     spans = jax.tree.leaves(_spans(tiled))
@@ -103,6 +137,7 @@ def _on(
         known = iter(means)
         return finish(step(i, parts, small), lambda _: next(known))
 
+    small = scalars, key, shard.origin
     means: list[Sequence[jax.Array]] = []
     for count in asks:  # each mean takes a pass of its own, in which nothing is written
         partial = call(sums, (small, means), partial_sums=count)
@@ -153,37 +188,25 @@ def _call(
         refs_out = refs[len(vectors) + len(arrays) :]
         i = pl.program_id(0)
 
-        def mask(span: int) -> jax.Array | None:
-            return grid.mask(i, span) if target.masked else None
-
-        parts = [_read(ref, mask(span)) for ref, span in zip(refs_in, spans, strict=True)]
+        masks = [functools.partial(grid.mask, i, span) for span in spans]
+        parts = [target.load(*pair) for pair in zip(refs_in, masks, strict=True)]
         results = rest(*_unpack(refs[: len(vectors)], handed), i, *parts)
-        masks = [mask(spans[k]) for k in over] + [None] * partial_sums
-        for ref, x, inside in zip(refs_out, results, masks, strict=True):
-            _write(ref, x, inside)
+        out_masks = [masks[k] for k in over] + [lambda: None] * partial_sums
+        for written in zip(refs_out, results, out_masks, strict=True):
+            target.store(*written)
 
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(grid.tiles,),
         in_specs=[*[target.scalars] * len(vectors), *specs],
         out_specs=[specs[k] for k in over] + [sums_spec] * partial_sums,
         out_shape=[types[k] for k in over] + [sums] * partial_sums,
         input_output_aliases={len(vectors) + k: j for j, k in enumerate(over)},
-        compiler_params=target.parameters,
+        compiler_params=target.compiler,
         interpret=target.interpret,
         name="adam_jax_step",
-    )(*vectors, *arrays)
-
-
-def _read(ref: Any, mask: jax.Array | None) -> jax.Array:
-    return ref[...] if mask is None else triton.load(ref, mask=mask)
-
-
-def _write(ref: Any, x: jax.Array, mask: jax.Array | None) -> None:
-    if mask is None:
-        ref[...] = x
-    else:
-        triton.store(ref, x, mask=mask)
+    )
+    return target.wrap(call)(*vectors, *arrays)
 
 
 def _pack(scalars: Sequence[jax.Array]) -> list[jax.Array]:
