@@ -1,8 +1,8 @@
 """Compositions of the library's parts as plain data, and a Hypothesis strategy that draws them.
 
-A `Composition` names an optimizer, its arguments, the wrappers around it, parameters, gradients, and
-a mesh. Its repr is the code that makes it, so a failure can be pasted into an `@example`. The
-strategy reads the constructors from `adam_jax.catalogue()`, so a new variant joins by itself.
+A `Composition` names an optimizer, its arguments, the wrappers around it, parameters, gradients,
+and a mesh. Its repr is the code that makes it, so a failure can be pasted into a test. The strategy
+reads the constructors from `adam_jax.catalogue()`, so a new variant joins by itself.
 """
 
 from __future__ import annotations
@@ -230,9 +230,13 @@ class Composition:
     def rounding(self) -> float:
         """Return the relative error of what is rounded in a step, beside the state's own."""
         if "optax.chain" in self.wrappers:  # clips in the dtypes of the gradients
-            dtypes = [self.gradient_dtype or leaf.dtype for leaf in self.leaves.values()]
-            return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+            return self.rounding_of_gradients()
         return 2.0**-15 if "master_weights(24)" in self.wrappers else 0.0
+
+    def rounding_of_gradients(self) -> float:
+        """Return the relative error of the gradients' dtypes, which updates have, too."""
+        dtypes = [self.gradient_dtype or leaf.dtype for leaf in self.leaves.values()]
+        return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
     def _tree(self, seed: int, dtype: str | None) -> Any:
         rng = np.random.default_rng(seed)
@@ -259,7 +263,7 @@ class Composition:
         return tree
 
     def _spec(self, x: Any) -> P:
-        """Return the spec that shards an array along the axis of the layout, if devices divide it."""
+        """Return the spec that shards the axis of the layout, if the devices divide it."""
         axis = {"rows": 0, "columns": np.ndim(x) - 1}.get(self.layout, -1)
         if not 0 <= axis < np.ndim(x) or x.shape[axis] % DEVICES or not x.size:
             return P(*[None] * np.ndim(x))

@@ -1,7 +1,7 @@
 """What must hold for every composition of optimizer, storage, wrappers, parameters, and mesh.
 
-Hypothesis draws the compositions; those that once failed are examples. To reproduce a failure, add
-the printed `Composition(...)` as an `@example`.
+Hypothesis draws the compositions, a few in every run and many in the slow tests. To reproduce a
+failure, add the printed `Composition(...)` to `FAILED_ONCE`, where it stays.
 """
 
 from __future__ import annotations
@@ -37,32 +37,35 @@ from adam_jax import not_matching
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*int8")  # that every leaf is too small for it
 
-relaxed = functools.partial(
-    settings,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 
-
-@relaxed(max_examples=12, derandomize=True, phases=[Phase.generate])
-@given(compositions())
-def test_a_few_compositions(composition):
-    check(composition)
+@pytest.mark.parametrize("part", range(3))
+def test_a_few_compositions(part):
+    """The same in every run."""
+    fuzz(part, max_examples=5, phases=[Phase.generate])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_many_compositions(part):
-    """Other ones in every run: the seed is printed, and COMPOSITIONS_SEED brings them back."""
-    seed = int(os.environ.get("COMPOSITIONS_SEED", secrets.randbits(32))) + part
-    print(f"COMPOSITIONS_SEED={seed - part}")
+    """Other ones in every run: COMPOSITIONS_SEED, which is printed, brings them back."""
+    seed = int(os.environ.get("COMPOSITIONS_SEED", secrets.randbits(32)))
+    print(f"COMPOSITIONS_SEED={seed}")
+    fuzz(seed + part, max_examples=50, thorough=True)
 
-    @relaxed(max_examples=50)
+
+def fuzz(seed, thorough=False, **given_settings):
+    """Check compositions drawn with a seed."""
+
+    @settings(
+        **given_settings,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
     @hypothesis.seed(seed)
-    @given(compositions(thorough=True))
+    @given(compositions(thorough))
     def run(composition):
-        check(composition, thorough=True)
+        check(composition, thorough)
 
     run()
 
@@ -204,8 +207,8 @@ def check_init(composition, tx, params, state):
         shardings = adam_jax.state_sharding(tx, params)
         jitted = jax.jit(tx.init, out_shardings=shardings)(params)
         for (path, x), sharding in zip(leaves_of(state), jax.tree.leaves(shardings), strict=True):
-            alike = x.sharding.is_equivalent_to(sharding, x.ndim)
-            assert alike or x.sharding.is_fully_replicated and sharding.is_fully_replicated, path
+            whole = x.sharding.is_fully_replicated and sharding.is_fully_replicated
+            assert whole or x.sharding.is_equivalent_to(sharding, x.ndim), path
     assert_same(jitted, state)
 
 
@@ -391,7 +394,9 @@ def assert_close(composition, ours, expected, before):
             np.testing.assert_array_equal(x, y, path)
         elif x.size:
             atol = 8 * max(eps, float(jnp.finfo(x.dtype).eps)) * max(largest(y), largest(z))
-            x, y = (np.asarray(a, np.complex128) for a in (x, y))
+            x, y, z = (np.asarray(a, np.complex128) for a in (x, y, z))
+            if path.startswith("0"):  # a parameter, whose update was rounded
+                atol += 2 * composition.rounding_of_gradients() * largest(y - z)
             np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=path)
 
 
