@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from adam_jax import rules
+from adam_jax import checks, rules
 from adam_jax.engine import lift, link
 from adam_jax.parameters import any_narrow, full, widened
 from adam_jax.transformation import emits_params, source_of
@@ -48,6 +48,8 @@ def apply(
     >>> params
     {'w': Array([2.875], dtype=float32)}
     """
+    with checks.naming("apply"):
+        checks.transformation("tx", tx, "apply(tx, grads, state, params)")
     if emits_params(tx):
         update: Any = tx.update
         return update.function(grads, state, params, extra, emit_params=True)

@@ -70,7 +70,7 @@ _FACTS: dict[str, tuple[str, int, str, str, str]] = {
         "Dozat, ICLR workshop",
         2016,
         "(β₁·m̂₊ + (1−β₁)·ĝ) / (√v̂ + ε) + λ·p",
-        "a little better; AlgoPerf's baseline",
+        "AdamW with Nesterov's look ahead",
         "1",
     ),
     "amsgrad": (

@@ -38,6 +38,8 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
     chain(clip_by_global_norm, adam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0))
     """
     with checks.naming("chain"):
+        for k, tx in enumerate(transformations):
+            checks.transformation(f"argument {k + 1}", tx, "chain(clip, adamw)")
         checks.nothing_after(transformations[:-1])
     chained = optax.chain(*transformations)
     limits = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
 import math
 import re
@@ -50,13 +51,13 @@ class Range(NamedTuple):
     high: float = math.inf
 
     def holds(self, x: float) -> bool:
-        return self.low <= x < self.high or (x == self.high and math.isinf(x))
+        return self.low <= x < self.high
 
 
 UNIT = Range("in [0, 1)", 0.0, 1.0)
 UP_TO_ONE = Range("in [0, 1]", 0.0, math.nextafter(1, 2))  # a sum is a momentum, too
-FROM_ZERO = Range(">= 0", 0.0)
-FROM_FOUR = Range(">= 4", 4.0)  # RAdam's rectification has no real value below
+FROM_ZERO = Range(">= 0 and finite", 0.0)
+FROM_FOUR = Range(">= 4 and finite", 4.0)  # RAdam's rectification has no real value below
 
 DECAY_RATE = re.compile(r"b\d+|decay|momentum")
 
@@ -92,6 +93,8 @@ def argument(name: str, value: Any) -> None:
 
 
 def _in_range(name: str, value: Any, span: Range | None) -> None:
+    if span and isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{who()}: {name} must be a number {span.text}, got {value}; pass a float")
     if span and isinstance(value, NUMBERS) and not span.holds(float(value)):
         raise ValueError(f"{who()}: {name} must be {span.text}, got {value}")
 
@@ -102,7 +105,9 @@ def hyperparam(name: str, value: Any) -> None:
         raise TypeError(f"{who()}: the hyperparameter {name!r} has no default; give {name}=")
     if isinstance(value, NUMBERS):
         _in_range(name, value, _allowed_everywhere(name))
-    elif _is_schedule(value) or isinstance(value, Decay):
+    elif _is_schedule(value):
+        schedule(name, value)
+    elif isinstance(value, Decay):
         return
     elif not _is_real_array(value):
         raise TypeError(
@@ -115,12 +120,123 @@ def hyperparam(name: str, value: Any) -> None:
         )
 
 
+def schedule(name: str, value: Any) -> None:
+    """A schedule must take one argument, the step count."""
+    if not _takes(value, 1):
+        raise TypeError(
+            f"{who()}: {name} must be a number, a scalar array or a schedule, which is a function "
+            f"of the step count, got {_shown(value)}, which cannot be called with one argument; "
+            f"write lambda count: ..., or call the function that makes the schedule, e.g. "
+            f"optax.cosine_decay_schedule(1e-3, 10_000)"
+        )
+
+
 def scheduled(name: str, value: Any) -> None:
     """What a schedule returned must be a scalar."""
     if isinstance(value, NUMBERS) or (_is_real_array(value) and value.ndim == 0):
         return
     got = f"an array of shape {value.shape}" if _is_real_array(value) else repr(value)
+    if callable(value):
+        got = (
+            f"{_shown(value)}; call the function that makes the schedule, e.g. "
+            f"optax.constant_schedule(1e-3)"
+        )
     raise TypeError(f"{who()}: the schedule of {name} must return a scalar, got {got}")
+
+
+def storage_function(function: Any) -> None:
+    """A function given for `storage` must take a path and a leaf."""
+    if not _takes(function, 2):
+        raise TypeError(
+            f"{who()}: storage must be a format or a function of two arguments, (path, leaf), got "
+            f"{_shown(function)}, which cannot be called with two; write lambda path, leaf: ..."
+        )
+
+
+def no_schedule(caller: str, function: Any) -> Any:
+    """The storage function, with an error of ours if it is called as a schedule is."""
+
+    @functools.wraps(function)
+    def checked(*args: Any) -> Any:
+        if len(args) == 1:
+            raise TypeError(
+                f"{caller}: storage must be called with a path and a leaf, got a step count: "
+                f"optax.inject_hyperparams takes functions for schedules; name it in static_args, "
+                f"optax.inject_hyperparams({caller}, static_args=('storage',))"
+            )
+        return function(*args)
+
+    return checked
+
+
+def _takes(function: Any, number: int) -> bool:
+    """Whether a function takes so many positional arguments; True if it can't be known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some built-in functions
+        return True
+    try:
+        signature.bind(*[None] * number)
+    except TypeError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: its repr if that is short, else its name or its type."""
+    if value is None or isinstance(value, (*NUMBERS, str)):
+        return repr(value)
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the {'class' if isinstance(value, type) else 'function'} {name_of(value)}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def name_of(function: Any) -> str:
+    """The name of a function; its type's if it has none, such as a functools.partial."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def is_transformation(value: Any) -> bool:
+    """Whether a value has the functions of an Optax transformation, of whatever class it is."""
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+
+
+def transformation(name: str, value: Any, usage: str) -> None:
+    """What a wrapper goes around must be a transformation. `usage` is the right call."""
+    if is_transformation(value):
+        return
+    got, fix = _shown(value), f"call {usage}"
+    if isinstance(value, (list, tuple)) and any(map(is_transformation, value)):
+        fix = "pass its elements as separate arguments, e.g. adam_jax.chain(clip, adamw)"
+    elif hasattr(value, "__name__"):  # a model may be callable, too
+        fix = f"call it first, e.g. {name_of(value)}(1e-3)"
+    raise TypeError(f"{who()}: {name} must be an Optax transformation, got {got}; {fix}")
+
+
+def maker(value: Any, usage: str) -> None:
+    """A constructor must be given as the function that it is, not called."""
+    if not callable(value):
+        got = "a transformation" if is_transformation(value) else _shown(value)
+        raise TypeError(
+            f"{who()}: constructor must be a function that makes a transformation, got {got}; "
+            f"pass the function and its arguments apart, {usage}"
+        )
+
+
+def mapping(name: str, value: Any, usage: str) -> None:
+    if not isinstance(value, Mapping):
+        got = repr(value) if isinstance(value, (list, tuple, str)) else _shown(value)
+        raise TypeError(f"{who()}: {name} must be a mapping, got {got}; write {usage}")
+
+
+def torch_state(value: Any) -> None:
+    """A PyTorch optimizer's state dict has these two keys; a model's has not."""
+    if not (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()):
+        raise TypeError(
+            f"{who()}: state_dict must be a mapping with 'state' and 'param_groups', got "
+            f"{_shown(value)}; pass optimizer.state_dict()"
+        )
 
 
 NUMBERS = (int, float, np.floating, np.integer)
@@ -368,10 +484,11 @@ def only_eps(eps_root: Any, nesterov: bool) -> None:
         )
 
 
-def finished(wrapper: str, tx: Any) -> None:
+def finished(wrapper: str, text: str) -> None:
     raise ValueError(
-        f"{wrapper}: {tx!r} is a finished optimizer, whose updates point down, so that comparing "
-        f"them with the gradient would freeze training; wrap the direction instead: "
+        f"{wrapper}: tx must be a direction, whose updates point along the gradient, got {text}, "
+        f"which is a finished optimizer: its updates point against the gradient, and training "
+        f"would freeze; wrap the direction instead: "
         f"optax.chain({wrapper}(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))"
         + (", or give the constructor cautious=True" if wrapper == "cautious" else "")
     )
@@ -514,6 +631,11 @@ def no_mesh(caller: str) -> ValueError:
 
 
 def mesh_axis(caller: str, mesh: Any, axis: str) -> None:
+    if not isinstance(getattr(mesh, "shape", None), Mapping):
+        raise TypeError(
+            f"{caller}: mesh must be a jax.sharding.Mesh, got {_shown(mesh)}; make one, e.g. "
+            f"jax.make_mesh((jax.device_count(),), ({axis!r},))"
+        )
     if axis not in mesh.shape:
         raise ValueError(
             f"{caller}: axis must be one of the mesh's, {', '.join(map(repr, mesh.shape))}, "

@@ -82,6 +82,9 @@ def record(
     >>> values["gradient_norm/kernels"], round(values["update_ratio/kernels"], 6)
     (2.0, 0.001)
     """
+    with checks.naming("record"):
+        checks.transformation("tx", tx, "record(tx)")
+        checks.mapping("groups", groups or {}, "groups={'biases': 'bias'}")
     patterns = tuple((groups or {"all": ""}).items())
     searches = {name: search("record", p) for name, p in patterns}
     if not (isinstance(every, int) and every >= 1):

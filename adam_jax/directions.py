@@ -28,8 +28,8 @@ def scale_by_rule(
 
     Args:
       rule: a declared variant; see `rule`.
-      storage: what the moments are kept in: "float32", "bfloat16", "int8", a dtype, a mapping from
-        moments to these, or a function (path, leaf) of these. By default a moment has its
+      storage: what the moments are kept in: "float32", "bfloat16", "int8", "float64", a mapping
+        from moments to these, or a function (path, leaf) of these. By default a moment has its
         parameter's dtype (float32 for float16 parameters); bfloat16 and int8 are rounded
         stochastically, and leaves under 4096 elements stay float32 where a name asks for int8.
       implementation: how a leaf's step is executed: "xla", "stream", "pallas" or "auto".

@@ -13,8 +13,8 @@ ARGUMENTS = {
     the step; "l2": λ·p added to the gradient.""",
     "cautious": "drop what of the direction points against the gradient; see `cautious`.",
     "storage": """what the moments are kept in: "float32", "bfloat16", "int8" (2 bytes per parameter
-    for two moments; leaves under 4096 elements stay float32), a dtype, {moment: one of these}, or a
-    function (path, leaf) of these. None: the parameter's dtype, float32 for float16.""",
+    for two moments; leaves under 4096 elements stay float32), "float64", {moment: one of these}, or
+    a function (path, leaf) of these. None: the parameter's dtype, float32 for float16.""",
     "implementation": """how a leaf's step is executed: "xla"; "stream", in tiles, in place;
     "pallas", a kernel, compiled for GPUs and TPUs and on CPUs interpreted, which is slow; "auto":
     for coded moments a kernel where one compiles and tiles elsewhere, else "xla".""",

@@ -105,7 +105,8 @@ class Chain:
 
     def init(self, params: optax.Params) -> optax.OptState:
         """The state before the first step: moments at their start, counts at 0."""
-        map_with_path(functools.partial(checks.leaf, "the parameter"), params)
+        if any(link.rule.moments for link in self.links):  # without, a leaf may be anything
+            map_with_path(functools.partial(checks.leaf, "the parameter"), params)
         states = tuple(_init(each, params) for each in self.links)
         return states[0] if self.bare else states
 

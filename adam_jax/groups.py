@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import chex
 import optax
 
+from adam_jax import checks
 from adam_jax.paths import leaves_with_path, map_with_path, path_string
 from adam_jax.transformation import Transformation, made_of, told
 
@@ -35,6 +36,7 @@ def groups(
       labels.
 
     Raises:
+      TypeError: the constructor is a transformation, or patterns are no mapping.
       ValueError: at init, a pattern finds no leaf, or two find the same one; a setting is unknown.
 
     >>> import adam_jax, jax.numpy as jnp
@@ -46,6 +48,9 @@ def groups(
     ... )
     >>> state = tx.init({"head": {"kernel": jnp.ones((2, 2))}, "norm": jnp.ones(2)})
     """
+    with checks.naming("groups"):
+        checks.maker(constructor, "groups(adam_jax.adamw, {...}, learning_rate=1e-3)")
+        checks.mapping("patterns", patterns, "{'bias': {'weight_decay': 0.0}}")
     parts: dict[Any, optax.GradientTransformation] = {
         p: _optimizer(constructor, p, s, shared) for p, s in patterns.items()
     }
@@ -76,8 +81,8 @@ def _optimizer(
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"groups: {pattern!r} is not a regular expression ({error})") from None
-    if isinstance(settings, optax.GradientTransformation):
-        return settings
+    if checks.is_transformation(settings):
+        return cast(optax.GradientTransformation, settings)
     if settings == "frozen":
         return optax.set_to_zero()
     if not isinstance(settings, Mapping):

@@ -68,6 +68,9 @@ def from_torch(
     >>> int(adam_jax.step_count(state))
     3
     """
+    with checks.naming("from_torch"):
+        checks.torch_state(state_dict)
+        checks.transformation("tx", tx, "from_torch(state_dict, tx, params)")
     shapes = {path_string(p): jnp.shape(x) for p, x in leaves_with_path(params)}
     order = [i for group in state_dict["param_groups"] for i in group["params"]]
     names = [n for group in state_dict["param_groups"] for n in group.get("param_names", ())]
@@ -173,6 +176,7 @@ def convert_state(
     dtype('int8')
     """
     with checks.naming("convert_state"):
+        checks.transformation("tx", tx, "convert_state(state, tx, params)")
         fresh = tx.init(params)
         donors: dict[Any, list[Any]] = {}
         kinds = {_kind(s) for _, s in named_tuples(fresh)}

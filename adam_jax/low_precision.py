@@ -177,6 +177,7 @@ def _around(
 ) -> Transformation:
     """tx around which bfloat16 parameters are Narrow, with what is `kept` or rounded by chance."""
     with checks.naming(name):
+        checks.transformation("tx", tx, f"{name}(tx)")
         checks.nothing_after([tx])
 
     def update(

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import chex
+import jax
+import jax.numpy as jnp
 import optax
 
 from adam_jax import checks, rules
 from adam_jax.chains import chain
 from adam_jax.declare import Rule
 from adam_jax.directions import scale_by_rule
-from adam_jax.engine import lift, link
+from adam_jax.engine import Chain, lift, link
 from adam_jax.storage import Storage
-from adam_jax.transformation import Transformation, made_of, parts, source_of, with_repr
+from adam_jax.transformation import Transformation, made_of, parts, source_of, told, with_repr
 
 
 def cautious(tx: optax.GradientTransformation) -> Transformation:
@@ -26,7 +28,7 @@ def cautious(tx: optax.GradientTransformation) -> Transformation:
       tx: a direction, such as `scale_by_adam()`: what is to be multiplied by the learning rate.
 
     Raises:
-      ValueError: tx is one of our finished optimizers, whose updates point down: u·g is negative.
+      ValueError: tx is a finished optimizer, whose updates point against the gradient.
 
     >>> import optax, adam_jax
     >>> tx = optax.chain(cautious(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))
@@ -43,7 +45,7 @@ def grams(tx: optax.GradientTransformation) -> Transformation:
       tx: a direction, such as `scale_by_adam()`.
 
     Raises:
-      ValueError: tx is one of our finished optimizers, whose updates point down.
+      ValueError: tx is a finished optimizer, whose updates point against the gradient.
 
     >>> import optax, adam_jax
     >>> tx = optax.chain(grams(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))
@@ -76,14 +78,17 @@ def mars(
     """
     given: dict[str, Any] = {"gamma": gamma, "b1": b1}
     with checks.naming("mars"):
+        checks.transformation("tx", tx, "mars(tx)")
         checks.argument("gamma", gamma)
     corrected = scale_by_rule(rules.mars, storage=storage, implementation=implementation, **given)
     return with_repr(chain(corrected, tx), f"mars({tx!r}, gamma={gamma}, b1={b1})")
 
 
 def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
-    if any(rules.descend is each.rule for each in parts(tx)):
-        checks.finished(rule.name, tx)
+    with checks.naming(rule.name):
+        checks.transformation("tx", tx, f"{rule.name}(tx)")
+    if any(rules.descend is each.rule for each in parts(tx)) or _descends(tx):
+        checks.finished(rule.name, told(tx))
     inner = optax.with_extra_args_support(tx)
     follower = lift([link(rule, {})], "auto", rule.name, bare=True)
     follow = source_of(follower).step
@@ -100,3 +105,25 @@ def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
         return out, state
 
     return made_of((tx, follower), tx.init, update, f"{rule.name}({tx!r})")
+
+
+def _descends(tx: optax.GradientTransformation) -> bool:
+    """Whether the updates of a transformation point against the gradient.
+
+    One of Optax's can't be looked into, so two steps of a scalar find out; the first update of some
+    is 0, at the start of a warmup for example. What fails here, or is traced, is taken for a
+    direction: it may be made for another tree, and its own errors come at init.
+    """
+    if isinstance(source_of(tx), Chain):  # whose links say what they are
+        return False
+
+    def two_updates(one: jax.Array) -> Any:
+        first, state = tx.update(one, tx.init(one), one)
+        return first, tx.update(one, state, one)[0]
+
+    try:
+        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+            first, second = map(float, jax.jit(two_updates)(jnp.float32(1)))
+    except Exception:
+        return False
+    return (first or second) < 0

@@ -255,7 +255,8 @@ def nadamw(
 ) -> Transformation:
     """NAdamW: `nadam` with decoupled weight decay.
 
-    Source: Dozat (2016) and Loshchilov & Hutter (2019); AlgoPerf's baseline.
+    Source: Dozat (2016) and Loshchilov & Hutter (2019). AlgoPerf's NAdamW is a variant of this one:
+    it divides the looked-ahead momentum by 1 - b1^t alone.
 
     Args:
       learning_rate: η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.
@@ -532,10 +533,10 @@ def adabelief(
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-16,
     eps_root: chex.Numeric = 1e-16,
-    *,
-    nesterov: bool = False,
     weight_decay: ScalarOrSchedule | None = None,
     weight_decay_mask: Mask = None,
+    *,
+    nesterov: bool = False,
     weight_decay_form: Form = "decoupled",
     cautious: bool = False,
     storage: Storage = None,

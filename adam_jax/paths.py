@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import collections
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -91,7 +93,8 @@ def matching(*patterns: str) -> Callable[[Any], Any]:
         Linen's norms are "LayerNorm_0/scale", which "[Nn]orm" and "(?i)norm" find.
 
     Returns:
-      a function from a tree to a tree of bools, for `weight_decay_mask=` and `optax.masked`.
+      a function from a tree to a tree of bools, for `weight_decay_mask=` and `optax.masked`. It
+      warns once if no pattern matches any of the paths.
 
     Raises:
       ValueError: a pattern is not a valid regular expression.
@@ -115,6 +118,24 @@ def not_matching(*patterns: str) -> Callable[[Any], Any]:
 
 def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[Any], Any]:
     found = search("matching", *patterns)
+    warned = False
+
+    def warn_without_match(tree: Any) -> None:
+        nonlocal warned
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_hidden)
+        paths = [path_string(path) for path, _ in leaves]
+        # under a MaskedNode there may be a match, and of a single leaf nothing is to be chosen
+        hidden = any(isinstance(leaf, optax.MaskedNode) for _, leaf in leaves)
+        if hidden or len(paths) < 2 or any(map(found, paths)):
+            return
+        warned = True
+        listed = ", ".join(map(repr, patterns))
+        warnings.warn(
+            f"{caller}: a pattern must match at least one path, got {listed} and the paths "
+            f"{', '.join(paths[:8])}{', …' * (len(paths) > 8)}; correct the pattern, or leave out "
+            f"the mask",
+            stacklevel=3,
+        )
 
     def mask(tree: Any) -> Any:
         if hasattr(tree, "dtype") and jnp.issubdtype(tree.dtype, jnp.integer):
@@ -123,10 +144,18 @@ def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[
                 f"optax.inject_hyperparams name the mask in static_args, or it is taken for a "
                 f"schedule"
             )
-        return map_with_path(lambda path, _: found(path_string(path)) is wanted, tree)
+        flags = map_with_path(lambda path, _: found(path_string(path)) is wanted, tree)
+        if patterns and not warned and wanted not in jax.tree.leaves(flags):
+            warn_without_match(tree)
+        return flags
 
     mask.__name__ = f"{caller}({', '.join(map(repr, patterns))})"  # which a repr shows
     return mask
+
+
+def _is_hidden(x: Any) -> bool:
+    """Whether a leaf is kept from a transformation, by a mask or as None."""
+    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def search(caller: str, *patterns: str) -> Callable[[str], bool]:

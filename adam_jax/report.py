@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from adam_jax import storage
+from adam_jax import checks, storage
 from adam_jax.low_precision import MasterWeightsState
 from adam_jax.paths import leaves_with_path, path_string
 from adam_jax.sharding import state_sharding
@@ -111,6 +111,8 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
     >>> round(report.state_bytes / report.parameters, 2)
     2.06
     """
+    with checks.naming("memory_report"):
+        checks.transformation("tx", tx, "memory_report(tx, params)")
     state = jax.eval_shape(tx.init, jax.tree.map(_shape, params))
     if any(map(_is_sharded, jax.tree.leaves(params))):
         state = jax.tree.map(_laid_out, state, state_sharding(tx, params))

@@ -60,6 +60,8 @@ def state_sharding(
     >>> tuple(state_sharding(adam_jax.adamw(1e-3), params, specs, mesh)[0].mu["w"].spec)
     ('data', None)
     """
+    with checks.naming("state_sharding"):
+        checks.transformation("tx", tx, "state_sharding(tx, params)")
     mesh = _mesh(params) if mesh is None else mesh
     if mesh is None:
         raise checks.no_mesh("state_sharding")
@@ -115,6 +117,7 @@ def zero1(
 
     Raises:
       ValueError: the mesh has no such axis.
+      TypeError: tx is no transformation, or mesh no mesh.
 
     >>> import adam_jax, jax, jax.numpy as jnp
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
@@ -125,6 +128,8 @@ def zero1(
     >>> tuple(tx.init(params)[0].mu["w"].sharding.spec)
     ('data', None)
     """
+    with checks.naming("zero1"):
+        checks.transformation("tx", tx, "zero1(tx, mesh)")
     checks.mesh_axis("zero1", mesh, axis)
     specs = jax.tree.map(unbox, specs, is_leaf=is_box)
 

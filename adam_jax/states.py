@@ -11,15 +11,18 @@ import chex
 import jax
 import optax
 
-# not exported by Optax 0.2.8
-from optax._src.transform import (
-    ScaleByRmsWithCountState as RmsCounted,
-    ScaleByRStdDevWithCountState as RStdDevCounted,
-)
-from optax.transforms._adding import WeightDecaySchedule  # noqa: F401
-
 from adam_jax import storage
 from adam_jax.arithmetic import arithmetic_dtype
+
+
+def _state_of(tx: optax.GradientTransformation) -> type[Any]:
+    """The class of a transformation's state, for which Optax exports no name. Nothing is run."""
+    return type(jax.eval_shape(tx.init, ()))
+
+
+RmsCounted = _state_of(optax.scale_by_rms(bias_correction=True))
+RStdDevCounted = _state_of(optax.scale_by_stddev(bias_correction=True))
+WeightDecaySchedule = _state_of(optax.add_decayed_weights(lambda count: 0.0))
 
 OPTAX_STATES: dict[type[Any], tuple[str, ...]] = {
     optax.ScaleByAdamState: ("mu", "nu"),

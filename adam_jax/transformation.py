@@ -12,6 +12,7 @@ import optax
 
 from adam_jax import checks, storage
 from adam_jax.documentation import complete
+from adam_jax.storage.policy import is_function
 
 P = ParamSpec("P")
 
@@ -140,6 +141,23 @@ def labelled_parts(tx: Any, label: str = "") -> Iterator[tuple[str, Any]]:
         yield from ((label, link) for link in source.links)
 
 
+class _Signature(inspect.Signature):
+    """The signature of a constructor, by which `optax.inject_hyperparams` binds its arguments.
+
+    It takes every function for a schedule, a storage function, too. As it calls that with the step
+    count before the constructor runs, the function itself has to say what is wrong.
+    """
+
+    name: str
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **kwargs)
+        given = bound.arguments.get("storage")
+        if is_function(given):
+            bound.arguments["storage"] = checks.no_schedule(self.name, given)
+        return bound
+
+
 def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation]:
     """Gives a constructor what all have in common: checked arguments, its name in errors, a repr.
 
@@ -164,6 +182,11 @@ def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation
         }
         return with_name(make(*args, **kwargs), make.__name__, told)
 
+    public: Any = checked
+    public.__signature__ = _Signature(
+        [*signature.parameters.values()], return_annotation=signature.return_annotation
+    )
+    public.__signature__.name = make.__name__
     return checked
 
 

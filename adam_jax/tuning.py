@@ -55,8 +55,10 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
     >>> round(float(get_hyperparams(state)["learning_rate"]), 6)
     0.0005
     """
-    signature = inspect.signature(constructor)
-    name = f"tunable({constructor.__name__})"
+    with checks.naming("tunable"):
+        checks.maker(constructor, "tunable(adam_jax.adamw)(1e-3)")
+    signature, plain = inspect.signature(constructor), checks.name_of(constructor)
+    name = f"tunable({plain})"
 
     @functools.wraps(constructor)
     def make(*args: P.args, **kwargs: P.kwargs) -> Transformation:
@@ -96,7 +98,7 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
             )
 
         named = checks.naming(name)
-        text = repr(example).replace(constructor.__name__, name, 1)
+        text = repr(example).replace(plain, name, 1)
         return made_of((), named(init), named(update), text, emits_params=True)
 
     return make
@@ -165,7 +167,7 @@ def set_hyperparams(
 
     Raises:
       ValueError: a number is out of range; the state has no hyperparameters, or several groups'.
-      TypeError: there is no hyperparameter of that name.
+      TypeError: there is no hyperparameter of that name, or a value is no number.
     """
     found = _find("set_hyperparams", state, group)
     with checks.naming("set_hyperparams"):

@@ -17,7 +17,7 @@ CHAINS = {
     "clip and direction": lambda: (CLIP, adam_jax.scale_by_adam(), optax.scale(-1e-2)),
     "a mask": lambda: (
         CLIP,
-        adam_jax.adamw(1e-2, weight_decay=0.1, weight_decay_mask=adam_jax.not_matching("bias")),
+        adam_jax.adamw(1e-2, weight_decay=0.1, weight_decay_mask=adam_jax.not_matching("scale")),
     ),
     "cautious": lambda: (CLIP, adam_jax.adamw(1e-2, cautious=True)),
     "l2": lambda: (CLIP, adam_jax.adam(1e-2, weight_decay=0.1, weight_decay_form="l2")),

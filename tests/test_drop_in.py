@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+from pathlib import Path
 
 import chex
 import jax
@@ -37,6 +39,33 @@ def test_signature_continues_optax(name):
         assert (by_name[p.name].kind, by_name[p.name].default) == (p.kind, p.default), p.name
     positional = [[p.name for p in s if p.kind is p.POSITIONAL_OR_KEYWORD] for s in (ours, theirs)]
     assert positional[0] == positional[1]
+
+
+def test_adabelief_takes_the_positional_arguments_of_optax_head():
+    """After 0.2.8 Optax gives it both arguments of weight decay, in front of the keywords."""
+    flags = {"w": True, "b": False}
+    positional = adam_jax.adabelief(1e-2, 0.8, 0.9, 1e-8, 1e-7, 0.1, flags, nesterov=True)
+    named = {"b1": 0.8, "b2": 0.9, "eps": 1e-8, "eps_root": 1e-7, "weight_decay": 0.1}
+    by_name = adam_jax.adabelief(1e-2, **named, weight_decay_mask=flags, nesterov=True)
+    params = {"w": jnp.ones(3), "b": jnp.ones(3)}
+    updates = [run(tx, params, [params, params])[0] for tx in (positional, by_name)]
+    chex.assert_trees_all_equal(*updates)
+    assert updates[0][0]["w"][0] != updates[0][0]["b"][0]
+    parameters = list(inspect.signature(optax.adabelief).parameters)  # 0.2.8 has no decay
+    ours = list(inspect.signature(adam_jax.adabelief).parameters)
+    assert [p for p in ours if p in parameters] == parameters
+
+
+def test_nothing_private_is_imported():
+    """Of another package: what has no public name may move in any release."""
+    for path in Path(adam_jax.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{a.name}" for a in node.names]
+            for module in modules:
+                private = [part for part in module.split(".") if part.startswith("_")]
+                assert module.startswith(("adam_jax.", "__future__.")) or not private, module
 
 
 # Updates

@@ -5,6 +5,7 @@ Each row is an id, what to do, the exception and its whole message (or a pattern
 
 from __future__ import annotations
 
+import functools
 import re
 
 import chex
@@ -62,26 +63,41 @@ RANGES = [
     (aj.rmsprop, (1e-3,), {"momentum": 2.0}, "rmsprop: momentum must be in [0, 1], got 2.0"),
     (aj.sgd, (1e-3, 1.5), {}, "sgd: momentum must be in [0, 1], got 1.5"),
     (aj.trace, (1.5,), {}, "trace: decay must be in [0, 1], got 1.5"),
-    (aj.adamax, (1e-3,), {"eps": -1}, "adamax: eps must be >= 0, got -1"),
-    (aj.scale_by_adam, (), {"eps_root": -1e-8}, "scale_by_adam: eps_root must be >= 0, got -1e-08"),
-    (aj.sgd, (-1,), {}, "sgd: learning_rate must be >= 0, got -1"),
-    (aj.adam, (NAN,), {}, "adam: learning_rate must be >= 0, got nan"),
-    (aj.adamaxw, (1e-3,), {"weight_decay": -1}, "adamaxw: weight_decay must be >= 0, got -1"),
-    (aj.nadam, (1e-3,), {"momentum_decay": -1}, "nadam: momentum_decay must be >= 0, got -1"),
-    (aj.radam, (1e-3,), {"threshold": 3}, "radam: threshold must be >= 4, got 3"),
+    (aj.adamax, (1e-3,), {"eps": -1}, "adamax: eps must be >= 0 and finite, got -1"),
+    (
+        aj.scale_by_adam,
+        (),
+        {"eps_root": -1e-8},
+        "scale_by_adam: eps_root must be >= 0 and finite, got -1e-08",
+    ),
+    (aj.sgd, (-1,), {}, "sgd: learning_rate must be >= 0 and finite, got -1"),
+    (aj.adam, (NAN,), {}, "adam: learning_rate must be >= 0 and finite, got nan"),
+    (
+        aj.adamaxw,
+        (1e-3,),
+        {"weight_decay": -1},
+        "adamaxw: weight_decay must be >= 0 and finite, got -1",
+    ),
+    (
+        aj.nadam,
+        (1e-3,),
+        {"momentum_decay": -1},
+        "nadam: momentum_decay must be >= 0 and finite, got -1",
+    ),
+    (aj.radam, (1e-3,), {"threshold": 3}, "radam: threshold must be >= 4 and finite, got 3"),
     (
         aj.scale_by_rms,
         (),
         {"initial_scale": -1},
-        "scale_by_rms: initial_scale must be >= 0, got -1",
+        "scale_by_rms: initial_scale must be >= 0 and finite, got -1",
     ),
     (aj.from_rule, (mine, 1e-3), {"gain": 1, "b1": 1.5}, "mine: b1 must be in [0, 1), got 1.5"),
-    (aj.from_rule, (mine, -1), {"gain": 1}, "mine: learning_rate must be >= 0, got -1"),
+    (aj.from_rule, (mine, -1), {"gain": 1}, "mine: learning_rate must be >= 0 and finite, got -1"),
     (
         aj.from_rule,
         (mine, 1),
         {"gain": 1, "weight_decay": -1},
-        "mine: weight_decay must be >= 0, got -1",
+        "mine: weight_decay must be >= 0 and finite, got -1",
     ),
     (aj.scale_by_rule, (mine,), {"gain": 1, "b1": 2}, "mine: b1 must be in [0, 1), got 2"),
 ]
@@ -189,8 +205,8 @@ def test_traced_values_are_not_validated():
 # Choices, storage, masks
 
 FORMAT = (
-    "storage must be one of 'float32', 'bfloat16', 'int8', a floating-point dtype, a mapping from "
-    "moments to these or a function (path, leaf) of these, got"
+    "storage must be one of 'float32', 'bfloat16', 'int8', 'float64' or a complex dtype, a mapping "
+    "from moments to these or a function (path, leaf) of these, got"
 )
 FUNCTION = r"<function .*>"
 CONFLICT = "; drop mu_dtype and write storage={'mu': 'float32', ...}"
@@ -272,8 +288,8 @@ CHOICES = [
             lambda dtype=dtype: aj.adamw(1e-3, mu_dtype=dtype),
             ValueError,
             re.compile(
-                rf"adamw: mu_dtype must be a floating-point dtype, got {re.escape(repr(dtype))}; "
-                r"for other formats use storage= \(float32, bfloat16.*\)"
+                rf"adamw: mu_dtype must be float32, bfloat16, float64 or a complex dtype, got "
+                rf"{re.escape(repr(dtype))}; for other formats use storage= \(float32, bfloat16.*\)"
             ),
         )
         for dtype in ("int8", jnp.int32, "fp8", 3)
@@ -283,8 +299,8 @@ CHOICES = [
         lambda: aj.sgd(1e-3, 0.9, accumulator_dtype="int8"),
         ValueError,
         re.compile(
-            r"sgd: accumulator_dtype must be a floating-point dtype, got 'int8'; "
-            r"for other formats use storage= \(float32, bfloat16.*\)"
+            r"sgd: accumulator_dtype must be float32, bfloat16, float64 or a complex dtype, got "
+            r"'int8'; for other formats use storage= \(float32, bfloat16.*\)"
         ),
     ),
     (
@@ -751,3 +767,439 @@ def test_calls_declarations_and_masks(act, error, message):
 def test_rmsprop_stores_its_trace_as_told():
     state = aj.rmsprop(1e-3, momentum=0.9, storage={"trace": "bfloat16"}).init(PARAMS)
     assert optax.tree_utils.tree_get(state, "trace")["w"].dtype == jnp.bfloat16
+
+
+# Misuse of the functions that take a transformation, a constructor, a schedule or a mapping: the
+# function, the argument with its value, and the fix, each of which the message must contain.
+
+CLIP = optax.clip_by_global_norm(1.0)
+MESH = jax.sharding.AbstractMesh((1,), ("data",))
+COUNTED = {"learning_rate": 1e-3}
+
+
+def wrong(act, *parts, error=TypeError):
+    """A row: its id is the function and the argument."""
+    return pytest.param(act, error, parts, id=" ".join(parts[:3]))
+
+
+def raises_with(act, error, parts):
+    with pytest.raises(error) as caught:
+        act()
+    message = str(caught.value)
+    assert message.startswith(f"{parts[0]}: "), message
+    for part in parts[1:]:
+        assert part in message, message
+
+
+CALL_IT = "call it first, e.g. adamw(1e-3)"
+WRAPPERS = {
+    "chain": lambda tx: aj.chain(CLIP, tx),
+    "master_weights": aj.master_weights,
+    "stochastic_rounding": aj.stochastic_rounding,
+    "zero1": lambda tx: aj.zero1(tx, MESH),
+    "state_sharding": lambda tx: aj.state_sharding(tx, PARAMS),
+    "record": aj.diagnostics.record,
+    "cautious": aj.cautious,
+    "grams": aj.grams,
+    "mars": aj.mars,
+    "apply": lambda tx: aj.apply(tx, PARAMS, (), PARAMS),
+    "memory_report": lambda tx: aj.memory_report(tx, PARAMS),
+    "convert_state": lambda tx: aj.convert_state((), tx, PARAMS),
+    "from_torch": lambda tx: aj.interop.from_torch(EMPTY, tx, PARAMS),
+}
+EMPTY = {"state": {}, "param_groups": []}
+
+
+class Model:
+    """Callable, but no constructor."""
+
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_constructor_is_no_transformation(name):
+    argument = "argument 2" if name == "chain" else "tx"
+    must = f"{argument} must be an Optax transformation, got"
+    for given, got, fix in (
+        (aj.adamw, "the function adamw", CALL_IT),
+        (0.5, "0.5", f"call {name}("),
+        (None, "None", f"call {name}("),
+        (PARAMS, "a dict", f"call {name}("),
+        (Model(), "a Model", f"call {name}("),
+        ([CLIP, ADAMW], "a list", "separate arguments, e.g. adam_jax.chain"),
+    ):
+        raises_with(lambda given=given: WRAPPERS[name](given), TypeError, (name, must, got, fix))
+
+
+class Duck:
+    """A transformation of another library: not Optax's class, but its two functions."""
+
+    def init(self, params):
+        return optax.EmptyState()
+
+    def update(self, updates, state, params=None, **extra):
+        return jax.tree.map(lambda g: -g, updates), state
+
+
+def test_whatever_has_init_and_update_is_a_transformation():
+    duck = Duck()
+    wrappers = aj.chain, aj.master_weights, aj.stochastic_rounding, aj.diagnostics.record, aj.mars
+    for tx in (duck, *(wrap(duck) for wrap in wrappers)):
+        params, _ = aj.apply(tx, PARAMS, tx.init(PARAMS), PARAMS)
+        assert params["w"][0, 0] < 1
+        assert aj.memory_report(tx, PARAMS).state_bytes >= 0
+    frozen = aj.groups(aj.adamw, {"w": duck}, learning_rate=1e-3)
+    assert step(frozen)[0]["w"][0, 0] == -1
+
+
+UPDATED = {
+    **{name: wrap for name, wrap in WRAPPERS.items() if name in ("chain", "record", "mars")},
+    "master_weights": aj.master_weights,
+    "stochastic_rounding": aj.stochastic_rounding,
+    "cautious": lambda tx: aj.cautious(aj.scale_by_adam()),
+    "tunable": lambda tx: aj.tunable(aj.adamw)(1e-3),
+    "groups": lambda tx: aj.groups(aj.adamw, {}, learning_rate=1e-3),
+    "schedule_free_adamw": lambda tx: aj.schedule_free_adamw(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", UPDATED)
+def test_update_without_a_state(name):
+    tx = UPDATED[name](aj.adamw(1e-3))
+    parts = name, "must be given the state", "call update(gradients, state, params)"
+    raises_with(lambda: tx.update(PARAMS), TypeError, parts)
+
+
+def constant(value):
+    return lambda count: value
+
+
+FACTORY = "call the function that makes the schedule"
+STATIC = "optax.inject_hyperparams(adamw, static_args=('storage',))"
+MISUSE = [
+    wrong(
+        lambda: aj.chain([CLIP, ADAMW]),
+        "chain",
+        "argument 1",
+        "got a list",
+        "adam_jax.chain(clip, adamw)",
+    ),
+    wrong(lambda: aj.chain(1.0, ADAMW), "chain", "argument 1", "got 1.0", "call chain("),
+    wrong(
+        lambda: aj.memory_report(PARAMS, ADAMW),
+        "memory_report",
+        "tx must be",
+        "got a dict",
+        "call memory_report(tx, params)",
+    ),
+    wrong(
+        lambda: aj.convert_state(ADAMW, ADAMW.init(PARAMS), PARAMS),
+        "convert_state",
+        "tx must be",
+        "got a tuple",
+        "call convert_state(state, tx, params)",
+    ),
+    wrong(
+        lambda: aj.groups(ADAMW, {}, **COUNTED),
+        "groups",
+        "constructor must be a function",
+        "got a transformation",
+        "groups(adam_jax.adamw, {...}, learning_rate=1e-3)",
+    ),
+    wrong(
+        lambda: aj.groups(aj.adamw, ["bias"], **COUNTED),
+        "groups",
+        "patterns must be a mapping",
+        "got ['bias']",
+        "write {'bias': {'weight_decay': 0.0}}",
+    ),
+    wrong(
+        lambda: aj.diagnostics.record(ADAMW, groups=["a"]),
+        "record",
+        "groups must be a mapping",
+        "got ['a']",
+        "write groups={'biases': 'bias'}",
+    ),
+    wrong(
+        lambda: aj.tunable(ADAMW),
+        "tunable",
+        "constructor must be a function",
+        "got a transformation",
+        "tunable(adam_jax.adamw)(1e-3)",
+    ),
+    wrong(lambda: aj.tunable("adamw"), "tunable", "constructor must be a function", "got 'adamw'"),
+    wrong(
+        lambda: aj.zero1(ADAMW, 8),
+        "zero1",
+        "mesh must be a jax.sharding.Mesh",
+        "got 8",
+        "jax.make_mesh((jax.device_count(),), ('data',))",
+    ),
+    wrong(lambda: aj.zero1(ADAMW, jax.devices()), "zero1", "mesh must be", "got a list"),
+    wrong(
+        lambda: aj.interop.from_torch(object(), ADAMW, PARAMS),
+        "from_torch",
+        "state_dict must be a mapping with 'state' and 'param_groups'",
+        "got an object",
+        "pass optimizer.state_dict()",
+    ),
+    wrong(
+        lambda: aj.interop.from_torch({"layer.weight": 1}, ADAMW, PARAMS),
+        "from_torch",
+        "state_dict must be",
+        "got a dict",
+        "pass optimizer.state_dict()",
+    ),
+    wrong(
+        lambda: aj.adamw(optax.cosine_decay_schedule),
+        "adamw",
+        "learning_rate must be",
+        "got the function cosine_decay_schedule",
+        FACTORY,
+    ),
+    wrong(
+        lambda: step(aj.adamw(optax.constant_schedule)),
+        "adamw",
+        "learning_rate must return a scalar",
+        "got the function",
+        FACTORY,
+    ),
+    wrong(
+        lambda: aj.adamw(lambda: 1e-3),
+        "adamw",
+        "learning_rate must be",
+        "got the function <lambda>",
+        "write lambda count: ...",
+    ),
+    wrong(
+        lambda: aj.adamw(1e-3, weight_decay=lambda path, leaf: 0.1),
+        "adamw",
+        "weight_decay must be",
+        "cannot be called with one argument",
+        "write lambda count: ...",
+    ),
+    wrong(
+        lambda: aj.from_rule(mine, 1e-3, gain=lambda: 1.0),
+        "mine",
+        "gain must be",
+        "cannot be called with one argument",
+        "write lambda count: ...",
+    ),
+    wrong(
+        lambda: aj.adamw(1e-3, storage=lambda path: "int8"),
+        "adamw",
+        "storage must be",
+        "cannot be called with two",
+        "write lambda path, leaf: ...",
+    ),
+    wrong(
+        lambda: aj.schedule_free_adamw(1e-3, storage=lambda path: "int8"),
+        "schedule_free_adamw",
+        "storage must be",
+        "write lambda path, leaf: ...",
+    ),
+    *(
+        wrong(
+            lambda f=f: optax.inject_hyperparams(aj.adamw)(1e-3, storage=f).init(PARAMS),
+            "adamw",
+            "storage must be called with a path and a leaf",
+            "got a step count",
+            STATIC,
+        )
+        for f in (lambda path, leaf: "int8", lambda path, leaf=None: "int8")
+    ),
+    *(
+        wrong(
+            lambda value=value: aj.set_hyperparams(
+                aj.tunable(aj.adamw)(1e-3).init(PARAMS), learning_rate=value
+            ),
+            "set_hyperparams",
+            f"learning_rate must be {kind}>= 0 and finite",
+            f"got {value}",
+            error=error,
+        )
+        for value, kind, error in (
+            (True, "a number ", TypeError),
+            (np.True_, "a number ", TypeError),
+            (float("inf"), "", ValueError),
+            (NAN, "", ValueError),
+        )
+    ),
+    *(
+        wrong(
+            lambda name=name: aj.adamw(**{"learning_rate": 1e-3, name: float("inf")}),
+            "adamw",
+            f"{name} must be >= 0 and finite",
+            "got inf",
+            error=ValueError,
+        )
+        for name in ("learning_rate", "eps", "eps_root", "weight_decay")
+    ),
+    wrong(lambda: aj.adamw(1e-3, b1=np.inf), "adamw", "b1 must be", "got inf", error=ValueError),
+    wrong(lambda: aj.adamw(True), "adamw", "learning_rate must be a number", "got True", "float"),
+    wrong(
+        lambda: aj.radam(1e-3, threshold=np.inf),
+        "radam",
+        "threshold must be >= 4 and finite",
+        "got inf",
+        error=ValueError,
+    ),
+]
+
+
+@pytest.mark.parametrize("act, error, parts", MISUSE)
+def test_misuse(act, error, parts):
+    raises_with(act, error, parts)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: aj.adamw(optax.cosine_decay_schedule(1e-3, 10)),
+        lambda: aj.adamw(lambda count, scale=1e-3: scale),
+        lambda: aj.adamw(lambda *counts: 1e-3),
+        lambda: aj.adamw(jax.jit(lambda count: 1e-3 * count)),
+        lambda: aj.adamw(functools.partial(lambda rate, count: rate, 1e-3)),
+        lambda: aj.adamw(1e-3, storage=lambda *leaf: None),
+        lambda: optax.inject_hyperparams(aj.adamw, static_args=("storage",))(
+            1e-3, storage=lambda path, leaf: "bfloat16"
+        ),
+        lambda: optax.inject_hyperparams(aj.adamw)(constant(1e-3), storage="bfloat16"),
+        lambda: aj.tunable(aj.adamw)(1e-3, storage=lambda path, leaf: "bfloat16"),
+        lambda: aj.tunable(functools.partial(aj.adamw, b1=0.5))(1e-3),
+    ],
+)
+@pytest.mark.standard_promotion
+def test_schedules_and_functions_that_fit(make):
+    step(make())
+
+
+# Formats that cannot hold a moment
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", jnp.float8_e5m2, jnp.float16])
+def test_a_format_too_narrow_for_squares(dtype):
+    works = ("'float32', 'bfloat16', 'int8'", "use 'bfloat16' or 'int8'")
+    for storage in (dtype, {"nu": dtype}):
+        raises_with(
+            lambda storage=storage: aj.adamw(1e-3, storage=storage),
+            ValueError,
+            ("adamw", "storage must be", repr(dtype), *works),
+        )
+    chosen = aj.adamw(1e-3, storage=lambda path, leaf: dtype)
+    raises_with(lambda: chosen.init(PARAMS), ValueError, ("adamw", repr(dtype), *works))
+    for name, act in {
+        "adamw: mu_dtype": lambda: aj.adamw(1e-3, mu_dtype=dtype),
+        "sgd: accumulator_dtype": lambda: aj.sgd(1e-3, 0.9, accumulator_dtype=dtype),
+        "schedule_free_adamw: state_dtype": lambda: aj.schedule_free_adamw(state_dtype=dtype),
+    }.items():
+        function, argument = name.split(": ")
+        must = f"{argument} must be float32, bfloat16, float64 or a complex dtype"
+        raises_with(act, ValueError, (function, must, repr(dtype), "storage="))
+
+
+def test_the_formats_that_hold_moments():
+    for storage in ("float32", jnp.bfloat16, np.float64, {"mu": "complex64"}, jnp.complex128):
+        aj.adamw(1e-3, storage=storage).init(PARAMS)
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), PARAMS)
+    assert aj.adamw(1e-3).init(half)[0].nu["w"].dtype == jnp.float32
+
+
+# Masks without a match, and finished optimizers
+
+TREE_OF_PATHS = {"dense": {"kernel": W, "bias": B}, "norm": B}
+
+
+@pytest.mark.parametrize("make", [aj.matching, aj.not_matching])
+def test_a_mask_that_matches_nothing_warns_once(make):
+    tx = aj.adamw(1e-3, mask=make("bais", "nrom"))
+    state = tx.init(TREE_OF_PATHS)
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(2):
+            tx.update(TREE_OF_PATHS, state, TREE_OF_PATHS)
+    (message,) = [str(w.message) for w in caught]
+    parts = "'bais'", "'nrom'", "dense/bias", "dense/kernel", "norm", "correct the pattern"
+    assert message.startswith(f"{make.__name__}: ")
+    assert all(part in message for part in parts), message
+
+
+def test_a_mask_that_may_match_does_not_warn():
+    """One pattern is enough; a single leaf, None, and what another mask hides count as well."""
+    masked = aj.not_matching("bias", "bais")
+    masked(TREE_OF_PATHS)
+    aj.not_matching()(TREE_OF_PATHS)
+    aj.not_matching("bias")({"kernel": W})
+    aj.not_matching("bias")({"kernel": W, "scale": B, "bias": None})
+    aj.not_matching("bias")({"kernel": W, "scale": B, "dense": optax.MaskedNode()})
+    decay = {"weight_decay": 0.1, "weight_decay_mask": aj.not_matching("bias")}
+    tx = aj.groups(aj.adamw, {"kernel|norm": {"b1": 0.5}}, learning_rate=1e-3, **decay)
+    step(tx, TREE_OF_PATHS, TREE_OF_PATHS, TREE_OF_PATHS)
+    labels = {"dense": "a", "norm": "b"}
+    parts = {"a": aj.adamw(1e-3), "b": aj.adamw(1e-3, mask=aj.not_matching("bias"))}
+    step(optax.partition(parts, labels), TREE_OF_PATHS, TREE_OF_PATHS, TREE_OF_PATHS)
+
+
+@pytest.mark.parametrize("wrap", [aj.cautious, aj.grams])
+def test_a_finished_optimizer_of_optax(wrap):
+    warmup = optax.linear_schedule(0.0, 1e-3, 10)
+    for make in (
+        lambda: optax.adamw(1e-3),
+        lambda: optax.sgd(0.1, momentum=0.9),
+        lambda: optax.adam(warmup),
+        lambda: optax.contrib.adopt(1e-3),
+        lambda: optax.chain(CLIP, aj.adamw(1e-3)),
+        lambda: optax.inject_hyperparams(aj.adamw)(1e-3),
+        lambda: aj.adamw(1e-3),
+    ):
+        parts = "tx must be a direction", "finished optimizer", "adam_jax.scale_by_adam()"
+        raises_with(lambda make=make: wrap(make()), ValueError, (wrap.__name__, *parts))
+    under_jit = jax.jit(lambda: step(wrap(optax.adamw(1e-3)))[0])
+    raises_with(under_jit, ValueError, (wrap.__name__, *parts))
+
+
+@pytest.mark.parametrize("wrap", [aj.cautious, aj.grams])
+@pytest.mark.standard_promotion
+def test_a_direction_of_optax_is_none(wrap):
+    flags = {"w": True, "b": False}
+    for tx in (
+        optax.scale_by_adam(),
+        optax.scale_by_lion(),
+        optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1)),
+        optax.masked(optax.scale_by_adam(), flags),  # of another tree than the scalar
+        optax.identity(),
+    ):
+        step(wrap(tx))
+    # numbers that are traced can't be looked at
+    jax.jit(lambda rate: step(wrap(optax.chain(optax.scale_by_adam(), optax.scale(rate))))[0])(0.5)
+
+
+# Leaves that have no gradient, where nothing is kept for them
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.0}])
+@pytest.mark.standard_promotion
+def test_without_moments_a_leaf_may_be_anything(options):
+    """As in Optax: a model with functions among its leaves, of which gradients are None."""
+    model = {"w": W, "activation": jax.nn.relu, "n": 3, "key": jax.random.key(0)}
+    grads = {"w": W, "activation": None, "n": None, "key": None}
+    arrays = grads | {"w": W}
+    decay = options.get("weight_decay") or 0.0
+    for make in (aj.sgd, lambda rate, **kw: aj.chain(CLIP_FAR, aj.sgd(rate, **kw))):
+        tx = make(0.5, **options)
+        state = tx.init(model)
+        for params in (model, arrays):
+            updates, _ = tx.update(grads, state, params)
+            assert updates["activation"] is None and updates["key"] is None
+            np.testing.assert_allclose(updates["w"], -0.5 * (1 + decay) * W)
+            new, _ = aj.apply(tx, grads, state, params)
+            np.testing.assert_allclose(new["w"], W - 0.5 * (1 + decay) * W)
+            assert {k: v for k, v in new.items() if k != "w"} == {
+                k: v for k, v in params.items() if k != "w"
+            }
+    raises_with(
+        lambda: aj.sgd(0.5, momentum=0.9).init(model), TypeError, ("sgd", "'activation'", "masked")
+    )
+
+
+CLIP_FAR = optax.clip_by_global_norm(1e6)

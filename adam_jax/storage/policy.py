@@ -97,6 +97,7 @@ def described(storage: Storage) -> str:
 def check(storage: Storage, moments: Collection[str]) -> None:
     """Raises where `storage` names a format or a moment that there is not."""
     if is_function(storage):
+        checks.storage_function(storage)
         return
     if isinstance(storage, Mapping):
         for name, format in storage.items():
@@ -115,25 +116,46 @@ def check_format(storage: Any) -> Any:
     """A format given by name or dtype: a dtype, or a `Format`."""
     if is_format(storage):
         return FORMATS[storage]
-    dtype = floating(storage)
+    dtype = _dense(storage)
     if dtype is None:
         listed = ", ".join(map(repr, names()))
         raise ValueError(
-            f"{checks.who()}: storage must be one of {listed}, a floating-point dtype, a mapping "
-            f"from moments to these or a function (path, leaf) of these, got {storage!r}"
+            f"{checks.who()}: storage must be one of {listed}, 'float64' or a complex dtype, a "
+            f"mapping from moments to these or a function (path, leaf) of these, got {storage!r}"
+            f"{_narrow(storage)}"
         )
     return jax.dtypes.canonicalize_dtype(dtype)
+
+
+DENSE = tuple(
+    map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float64, jnp.complex64, jnp.complex128))
+)
+"""The dtypes that moments are kept in. Squares of gradients underflow in narrower ones."""
+
+
+def _dense(x: Any) -> Any:
+    """x as a dtype that moments are kept in; None if it is none."""
+    dtype = floating(x)
+    return dtype if dtype in DENSE else None
+
+
+def _narrow(x: Any) -> str:
+    """What to do in the place of a floating-point dtype that moments are not kept in."""
+    dtype = floating(x)
+    if dtype is None:
+        return ""
+    return f"; squares of gradients underflow in {dtype}: use 'bfloat16' or 'int8'"
 
 
 def with_dtype(storage: Storage, moment: str, argument: str, dtype: Any) -> Storage:
     """`storage` with Optax's mu_dtype (or accumulator_dtype) merged in."""
     if dtype is None:
         return storage
-    asked, dtype = dtype, floating(dtype)
+    asked, dtype = dtype, _dense(dtype)
     if dtype is None:
         raise ValueError(
-            f"{checks.who()}: {argument} must be a floating-point dtype, got {asked!r}; "
-            f"for other formats use storage= ({', '.join(names())})"
+            f"{checks.who()}: {argument} must be float32, bfloat16, float64 or a complex dtype, "
+            f"got {asked!r}; for other formats use storage= ({', '.join(names())})"
         )
     given = storage.get(moment) if isinstance(storage, Mapping) else storage
     if given is not None and (is_function(given) or check_format(given) != dtype):
