@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from adam_jax import checks, hyperparams, parameters, storage
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.declare import Moment, Rule
 from adam_jax.implementations import IMPLEMENTATIONS, Step, orders
+from adam_jax.layouts import known_sharding
 from adam_jax.parameters import is_narrow
 from adam_jax.paths import Key, is_box, keys, map_with_path, rebox, unbox
 from adam_jax.states import count_fields, state_class
@@ -236,7 +238,7 @@ class Chain:
         elif not (wants_p or lands or waits):
             p = None
         used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
-        settings = Settings(stages, layout, run, lands)
+        settings = Settings(stages, layout, run, lands, known_sharding(leaf_key))
         result, new = run_leaf(u, g, p, used, scalars, key, settings=settings)
         news = iter(new)
         return result, [
@@ -369,6 +371,7 @@ class Settings(NamedTuple):
     layout: Any
     run: Callable[..., Any]
     lands: bool
+    sharding: NamedSharding | None
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -377,11 +380,11 @@ def run_leaf(u, g, p, stored, scalars, key, *, settings):
 
     `stored` has the moments of the rules that act on the leaf.
     """
-    stages, layout, run, lands = settings
+    stages, layout, run, lands, sharding = settings
     asks = [stage[0].averages for stage in stages if stage and stage[0].factor]
     step = functools.partial(leaf, stages, layout, lands, float(np.size(u)))
     key = None if key is None else key.packed()
-    return run(step, asks, 2 if lands else 0, u, g, p, stored, scalars, key)
+    return run(step, asks, 2 if lands else 0, sharding, u, g, p, stored, scalars, key)
 
 
 def leaf(

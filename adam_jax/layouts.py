@@ -1,12 +1,38 @@
-"""PartitionSpecs: entries for every axis, and only those that fit a shape."""
+"""PartitionSpecs: entries for every axis, only those that fit a shape, and those that are known."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from adam_jax.paths import Key
+
+_known: contextvars.ContextVar[Mapping[Key, NamedSharding] | None]
+_known = contextvars.ContextVar("known", default=None)
+
+
+@contextlib.contextmanager
+def known_shardings(shardings: Mapping[Key, NamedSharding]) -> Iterator[None]:
+    """Make the shardings of leaves known to the steps inside.
+
+    On automatic mesh axes a traced array doesn't have its sharding, and a transformation between
+    may be anybody's. So the wrapper that decides the shardings passes them by the leaves' keys.
+    """
+    token = _known.set(shardings)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def known_sharding(leaf: Key) -> NamedSharding | None:
+    """Return the sharding of a leaf on automatic axes; None if nobody has made it known."""
+    return (_known.get() or {}).get(leaf)
 
 
 def names(entry: Any) -> tuple[str, ...]:

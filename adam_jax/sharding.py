@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from adam_jax import checks
 from adam_jax.applying import step
-from adam_jax.layouts import fitting, names, parts
-from adam_jax.paths import is_box, unbox
+from adam_jax.layouts import fitting, known_shardings, names, parts
+from adam_jax.paths import Key, is_box, keys, unbox
 from adam_jax.transformation import Transformation, is_last, made_of, told
 
 
@@ -131,6 +131,7 @@ def zero1(
     with checks.naming("zero1"):
         checks.transformation("tx", tx, "zero1(tx, mesh)")
     checks.mesh_axis("zero1", mesh, axis)
+    explicit = AxisType.Explicit in mesh.axis_types
     specs = jax.tree.map(unbox, specs, is_leaf=is_box)
 
     def whole(params: Any) -> Any:
@@ -167,9 +168,9 @@ def zero1(
         like = updates if params is None else params
         layout = spread(like)
         inside = None if params is None else _place(mesh, params, layout)
-        out, state = step(
-            tx, _place(mesh, updates, layout), state, inside, extra, emit_params=emit_params
-        )
+        updates = _place(mesh, updates, layout)
+        with known_shardings({} if explicit else _by_key(mesh, like, layout)):
+            out, state = step(tx, updates, state, inside, extra, emit_params=emit_params)
         if _guessed(out):  # by the partitioner, where nothing tells it how results lie
             state = _place(mesh, state, of_state(like, layout))
         return _place(mesh, out, whole(like)), state
@@ -210,6 +211,13 @@ def _place(mesh: Mesh, tree: Any, layout: Any) -> Any:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree, layout, is_leaf=lambda x: x is None)
+
+
+def _by_key(mesh: Mesh, tree: Any, layout: Any) -> dict[Key, NamedSharding]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
+    specs = map(unbox, treedef.flatten_up_to(layout))
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    return dict(zip(keys(path for path, _ in leaves), shardings, strict=True))
 
 
 def _guessed(tree: Any) -> bool:

@@ -326,7 +326,7 @@ def test_a_sharded_leaf_lowers(platform):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Traces for a GPU; what is traced can be lowered for the CPU of its host, too."""
-    monkeypatch.setattr(auto, "_told", [])
+    monkeypatch.setattr(auto, "_warned", [])
     monkeypatch.setitem(IMPLEMENTATIONS, "auto", functools.partial(auto.run))  # traced anew
     with there("cuda"):
         yield
@@ -385,7 +385,7 @@ def test_auto_says_once_why_there_is_no_kernel():
 
 
 def test_auto_on_a_platform_without_kernels(monkeypatch):
-    monkeypatch.setattr(auto, "_told", [])
+    monkeypatch.setattr(auto, "_warned", [])
     device = jax.sharding.AbstractDevice("any", num_cores=1, platform="METAL")
     params = {"int8": leaves()["int8"]}
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):

@@ -8,25 +8,40 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from adam_jax import storage
 from adam_jax.implementations import stream, xla
 from adam_jax.implementations.platform import target_platform
+from adam_jax.implementations.shards import is_unknown
 from adam_jax.implementations.steps import Step
 
 
 def run(
-    leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
+    leaf: Callable[..., Step],
+    asks: Sequence[int],
+    over: int,
+    sharding: NamedSharding | None,
+    u: jax.Array,
+    *operands: Any,
 ) -> Any:
-    """Coded state in a kernel where there are any, else in tiles; XLA fuses the rest well."""
+    """Run the step of quantized state in a kernel or in tiles; XLA fuses the other steps well."""
     if not any(storage.is_coded(x) for moments in operands[2] for x in moments):
-        return xla.run(leaf, asks, over, u, *operands)
-    streamed = functools.partial(stream.run, leaf, asks, over)
+        return xla.run(leaf, asks, over, sharding, u, *operands)
+    streamed = functools.partial(stream.run, leaf, asks, over, sharding)
     if target_platform() == "cpu":
         return streamed(u, *operands)
+    if target_platform() == "tpu" and is_unknown(u, sharding):
+        _warn_once(
+            "a leaf may be sharded over automatic mesh axes, and on TPU kernels need to know how; "
+            "it runs as implementation='xla' does, which is slower. Use explicit axes "
+            "(jax.make_mesh), or wrap the optimizer, e.g. adam_jax.zero1(tx, mesh, specs=specs) "
+            "with the PartitionSpecs of the parameters"
+        )
+        return xla.run(leaf, asks, over, sharding, u, *operands)
     from adam_jax.implementations import pallas  # at the first kernel: Pallas takes a while
 
-    kernel = functools.partial(pallas.run, leaf, asks, over)
+    kernel = functools.partial(pallas.run, leaf, asks, over, sharding)
     if not _compiles(kernel, u, *operands):
         return streamed(u, *operands)
     # a program that an accelerator's host runs itself is not to interpret a kernel
@@ -42,17 +57,19 @@ def _compiles(step: Callable[..., Any], *operands: Any) -> bool:
         else:  # ahead of time: only lowering, which comes later, knows more than a trace
             jax.eval_shape(step, *types)
     except Exception as error:  # compilers raise what they like
-        if not _told:
-            _told.append(error)
-            warnings.warn(
-                f"adam_jax: no kernel on {target_platform()} for a leaf of shape "
-                f"{types[0].shape}, which is slower without; it runs as implementation='stream' "
-                f"does. {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _warn_once(
+            f"no kernel on {target_platform()} for a leaf of shape {types[0].shape}, which is "
+            f"slower without; it runs as implementation='stream' does. "
+            f"{type(error).__name__}: {error}"
+        )
         return False
     return True
 
 
-_told: list[Exception] = []
+def _warn_once(message: str) -> None:
+    if not _warned:
+        _warned.append(message)
+        warnings.warn(f"adam_jax: {message}", RuntimeWarning, stacklevel=3)
+
+
+_warned: list[str] = []

@@ -63,8 +63,6 @@ def run(
     def mean(xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
         return shard.mean([jnp.sum(x) for x in xs])
 
-    rows = jnp.arange(u.size // columns).reshape(*shape[:-1], 1)
-    place = shard.place(rows, jnp.zeros_like(rows), columns, shape)
     inside = [tuple(narrow(x) for x in moments) for moments in stored]
-    result, new = finish(leaf(u, g, p, inside, scalars, key, place, share), mean)
+    result, new = finish(leaf(u, g, p, inside, scalars, key, shard.all_of(shape), share), mean)
     return result, [tuple(map(widen, *pair)) for pair in zip(new, stored, strict=True)]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.sharding import NamedSharding
 
 from adam_jax import storage
 from adam_jax.arithmetic import arithmetic_dtype
@@ -95,12 +96,17 @@ TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
 
 
 def run(
-    leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
+    leaf: Callable[..., Step],
+    asks: Sequence[int],
+    over: int,
+    sharding: NamedSharding | None,
+    u: jax.Array,
+    *operands: Any,
 ) -> Any:
-    """The step of a leaf in a kernel; in tiles where its arithmetic is not float32."""
+    """Run the step in a kernel, or tile by tile if its arithmetic is not float32."""
     wide = arithmetic_dtype(*storage.dtypes((u, *operands[:3]))) != jnp.float32
     if wide or u.ndim == 0:
-        return stream.run(leaf, asks, over, u, *operands)
+        return stream.run(leaf, asks, over, sharding, u, *operands)
     platform = target_platform()
     if platform not in TARGETS:
         raise NotImplementedError(
@@ -108,7 +114,7 @@ def run(
             f"{platform}; use implementation='stream'"
         )
     step = functools.partial(_run, TARGETS[platform](), leaf, asks, over)
-    return per_shard(step, over, u, *operands)
+    return per_shard(step, over, sharding, u, *operands)
 
 
 def _run(

@@ -1,7 +1,8 @@
-"""Runs the step of a leaf on each device's shard of it, so that a loop over tiles gathers nothing.
+"""Run the step of a leaf on each device's shard of it, so that a loop over tiles gathers nothing.
 
-On explicit mesh axes a leaf's type tells how it is sharded, and `shard_map` runs the step. On
-automatic axes only the partitioner knows: it asks `custom_partitioning`.
+If the sharding of the leaf is known, `shard_map` runs the step: on explicit mesh axes it is part of
+the leaf's type, and on automatic ones `zero1` makes it known. Otherwise XLA's partitioner calls
+`custom_partitioning`, which TPUs don't have.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from adam_jax import checks, storage
+from adam_jax.implementations.platform import target_platform
 from adam_jax.layouts import fitting, names, parts
 from adam_jax.storage import Blocks
 from adam_jax.storage.noise import Place
@@ -47,22 +49,45 @@ class Shard(NamedTuple):
         )
         return Place(row, column + last, lane)
 
+    def all_of(self, shape: Sequence[int]) -> Place:
+        """Return the place of all elements of a part of this shape."""
+        row = jnp.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)
+        return self.place(row, jnp.zeros_like(row), shape[-1], shape)
+
     def mean(self, sums: Sequence[jax.Array]) -> list[jax.Array]:
         """Means over the leaf from sums over its parts."""
         size = math.prod(self.whole)
         return [(jax.lax.psum(x, self.axes) if self.axes else x) / size for x in sums]
 
 
-def per_shard(run: Callable[..., Any], over: int, *operands: Any) -> Any:
-    """run(*operands, shard) on each shard of the leaf; the first operand is the leaf's update.
+def is_explicit(u: jax.Array) -> bool:
+    """Whether the type of an array has its sharding."""
+    return AxisType.Explicit in jax.typeof(u).sharding.mesh.axis_types
 
-    What it returns is laid out as the operand `over`, and as what is stored.
+
+def is_unknown(u: jax.Array, sharding: NamedSharding | None) -> bool:
+    """Whether a leaf may be sharded in a way that only XLA's partitioner will know."""
+    kinds = jax.typeof(u).sharding.mesh.axis_types
+    if sharding is not None or AxisType.Explicit in kinds or AxisType.Manual in kinds:
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    in_context = mesh.axis_names or mesh.abstract_device is not None
+    return (mesh.size if in_context else jax.device_count()) > 1
+
+
+def per_shard(
+    run: Callable[..., Any], over: int, sharding: NamedSharding | None, *operands: Any
+) -> Any:
+    """Return run(*operands, shard) of each shard of the leaf.
+
+    The operands are a leaf's u, g, p, stored moments, scalars, and key. The results are sharded as
+    the operand `over`, and as what is stored. `sharding` is the leaf's on automatic axes, if known.
     """
     u = operands[0]
     replaced = (operands[over], operands[3])
     arrays, tree = jax.tree.flatten(operands)
-    roles = jax.tree.leaves(_roles(operands))
-    written = jax.tree.leaves(_roles((u, *replaced))[1:])
+    written = jax.tree.leaves(_roles(replaced))
+    roles = jax.tree.leaves((_roles(operands[:4]), jax.tree.map(lambda _: "other", operands[4:])))
     blocks = [storage.block_of(x) for moments in operands[3] for x in moments]
     indices = [jnp.arange(n, dtype=jnp.uint32) for n in u.shape]
 
@@ -89,16 +114,16 @@ def per_shard(run: Callable[..., Any], over: int, *operands: Any) -> Any:
         inputs = [layout[role] for role in roles] + [P(entry) for entry in spec]
         return part, inputs, [layout[role] for role in written]
 
-    sharding = jax.typeof(u).sharding
-    kinds = set(sharding.mesh.axis_types) if sharding.mesh.axis_names else set()
-    if AxisType.Manual in kinds:
+    def mapped(mesh: Any, inputs: Any, outputs: Any, part: Any) -> Callable[..., Any]:
+        specs = {"in_specs": tuple(inputs), "out_specs": outputs}
+        return _without_derivative(jax.shard_map(part, mesh=mesh, check_vma=False, **specs))
+
+    typed = jax.typeof(u).sharding
+    if AxisType.Manual in typed.mesh.axis_types:
         out = whole(*arrays)
-    elif AxisType.Explicit in kinds:
-        part, inputs, outputs = split(sharding.mesh, sharding.spec)
-        mesh = sharding.mesh
-        mapped = jax.shard_map(
-            part, mesh=mesh, in_specs=tuple(inputs), out_specs=outputs, check_vma=False
-        )
+    elif AxisType.Explicit in typed.mesh.axis_types:
+        mesh = typed.mesh
+        part, inputs, outputs = split(mesh, typed.spec)
         given = [
             x if role == "leaf" else jax.reshard(x, NamedSharding(mesh, spec))
             for x, role, spec in zip([*arrays, *indices], [*roles, *u.shape], inputs, strict=True)
@@ -106,8 +131,13 @@ def per_shard(run: Callable[..., Any], over: int, *operands: Any) -> Any:
         kept = jax.tree.leaves(replaced)  # whose types the results must have, for a scan
         out = [
             jax.reshard(x, jax.typeof(k).sharding)
-            for x, k in zip(mapped(*given), kept, strict=True)
+            for x, k in zip(mapped(mesh, inputs, outputs, part)(*given), kept, strict=True)
         ]
+    elif sharding is not None:
+        part, inputs, outputs = split(sharding.mesh, sharding.spec)
+        out = mapped(sharding.mesh, inputs, outputs, part)(*arrays, *indices)
+    elif target_platform() == "tpu":  # on several devices JAX raises, and says to use shard_map
+        out = _without_derivative(whole)(*arrays)
     else:
         out = _partitioned(whole, split, u.ndim, roles, written)(*arrays, *indices)
     return jax.tree.unflatten(jax.tree.structure(replaced), out)
@@ -140,9 +170,15 @@ def _partitioned(
         out = jax.vmap(unsplit, [0 if m else None for m in mapped])(*arrays)
         return out, [True] * len(out)
 
+    return _without_derivative(batched)
+
+
+def _without_derivative(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, whose derivative raises an error."""
+
     @jax.custom_jvp
     def underived(*arrays: jax.Array) -> Any:
-        return batched(*arrays)
+        return function(*arrays)
 
     @underived.defjvp
     def _(primals: Any, tangents: Any) -> Any:
@@ -166,13 +202,10 @@ def _rule(ndim: int, roles: Sequence[str], written: Sequence[str]) -> str:
     return f"{', '.join([*given, *axes])} -> {', '.join(results)}"
 
 
-def _roles(operands: Any) -> Any:
-    """For each array whether it lies as the leaf, as scales, or whole on each device."""
-    u, *rest = operands
+def _roles(tree: Any) -> Any:
+    """Return for each array of a leaf whether it is sharded as the leaf or as scales."""
 
     def role(x: Any) -> Any:
-        if isinstance(x, Blocks):
-            return Blocks("leaf", "scales")
-        return "leaf" if x.shape == u.shape else "other"
+        return Blocks("leaf", "scales") if isinstance(x, Blocks) else "leaf"
 
-    return jax.tree.map(role, (u, *rest), is_leaf=lambda x: isinstance(x, Blocks))
+    return jax.tree.map(role, tree, is_leaf=lambda x: isinstance(x, Blocks))

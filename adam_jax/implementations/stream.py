@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from adam_jax import storage
 from adam_jax.implementations import cut, xla
@@ -29,12 +30,17 @@ def tile_size() -> int:
 
 
 def run(
-    leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
+    leaf: Callable[..., Step],
+    asks: Sequence[int],
+    over: int,
+    sharding: NamedSharding | None,
+    u: jax.Array,
+    *operands: Any,
 ) -> Any:
-    """The step of a leaf tile by tile; of a leaf that is no larger than a tile, at once."""
+    """Run the step tile by tile, or in one piece if the leaf fits in a tile."""
     if u.size <= tile_size():
-        return xla.run(leaf, asks, over, u, *operands)
-    return per_shard(functools.partial(_run, leaf, asks, over), over, u, *operands)
+        return xla.run(leaf, asks, over, sharding, u, *operands)
+    return per_shard(functools.partial(_run, leaf, asks, over), over, sharding, u, *operands)
 
 
 def _run(

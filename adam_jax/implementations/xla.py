@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
+from adam_jax import storage
+from adam_jax.implementations import cut
+from adam_jax.implementations.shards import is_explicit, per_shard
 from adam_jax.implementations.steps import Step, finish
 from adam_jax.storage.noise import whole
 
 
 def run(
-    leaf: Callable[..., Step], asks: Sequence[int], over: int, u: jax.Array, *operands: Any
+    leaf: Callable[..., Step],
+    asks: Sequence[int],
+    over: int,
+    sharding: NamedSharding | None,
+    u: jax.Array,
+    *operands: Any,
 ) -> Any:
-    """The step of the whole leaf at once."""
-    del asks, over
+    """Run the step of the whole leaf at once.
+
+    Explicit axes allow no reshape that splits a sharded axis into blocks, so that quantized state
+    is stepped shard by shard there.
+    """
+    del asks
+    if is_explicit(u) and any(storage.is_coded(x) for moments in operands[2] for x in moments):
+        return per_shard(functools.partial(_run, leaf), over, sharding, u, *operands)
     place = None if operands[-1] is None else whole(u.shape)  # for random bits alone
     step = leaf(u, *operands, place, ordered=orders())
     return finish(step, lambda xs: [jnp.mean(x) for x in xs])
+
+
+def _run(leaf: Callable[..., Step], *operands: Any) -> Any:
+    """Run the step of what one device has of a leaf."""
+    *given, shard = operands
+    if shard.cut:
+        return cut.run(leaf, *operands)
+    step = leaf(*given, shard.all_of(given[0].shape))
+    return finish(step, lambda xs: shard.mean([jnp.sum(x) for x in xs]))
 
 
 def orders() -> bool:
