@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -110,6 +111,8 @@ class Chain:
         if any(link.rule.moments for link in self.links):  # without, a leaf may be anything
             map_with_path(functools.partial(checks.leaf, "the parameter"), params)
         states = tuple(_init(each, params) for each in self.links)
+        for each, state in zip(self.links, states, strict=True):
+            _warn_if_nothing_is_quantized(each, state, params)
         return states[0] if self.bare else states
 
     def step(
@@ -341,6 +344,28 @@ def _init(link: Link, params: optax.Params) -> Any:
     counts = {name: jnp.zeros([], jnp.int32) for name in count_fields(link.state, moments)}
     state = link.state(**counts, **moments)
     return optax.MaskedState(state) if link.mask is not None else state
+
+
+def _warn_if_nothing_is_quantized(link: Link, state: Any, params: optax.Params) -> None:
+    """Warn if a format was asked for by name, and every leaf is too small for it.
+
+    Under a mask, as in `groups`, the leaves of others are hidden, and those may be large enough.
+    """
+    hidden = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    sizes = [np.size(x) for x in hidden if not isinstance(x, optax.MaskedNode)]
+    if link.mask is not None or not sizes or len(sizes) < len(hidden):
+        return
+    moments = [getattr(state, name) for name in link.rule.moments]
+    asked = [m for m in moments if isinstance(m, Blocks)]
+    stored = [x for moment in asked for x in storage.leaves(moment).values()]
+    if stored and not storage.is_function(link.storage) and not any(map(storage.is_coded, stored)):
+        warnings.warn(
+            f"{checks.who()}: storage={storage.described(link.storage)} must find a real leaf of "
+            f"at least {storage.MIN_SIZE} elements, got at most {max(sizes)}; all moments stay "
+            f"uncoded, so leave storage out, or name the format by a function, "
+            f"storage=lambda path, leaf: ...",
+            stacklevel=3,
+        )
 
 
 def _flags(mask: Any, updates: optax.Updates) -> list[bool]:

@@ -211,3 +211,18 @@ def test_draws_of_parameters_are_independent_along_a_row(dtype):
         for lag in range(1, 256)
     )
     assert worst < 5 / np.sqrt(64 * 768)
+
+
+# Formats that do nothing
+
+
+def test_a_format_that_no_leaf_is_large_enough_for_warns():
+    small = {"w": jnp.ones((8, 8)), "b": jnp.ones(8)}
+    for storage in ("int8", {"nu": "int8"}):
+        with pytest.warns(UserWarning, match=r"adamw: storage=.*int8.*4096.*got at most 64"):
+            adam_jax.adamw(1e-3, storage=storage).init(small)
+    large = small | {"w": jnp.ones((64, 64))}
+    adam_jax.adamw(1e-3, storage="int8").init(large)
+    adam_jax.adamw(1e-3, storage=lambda path, leaf: "int8").init(small)
+    patterns = {"^b$": dict(weight_decay=0.0)}  # whose group has no large leaf
+    adam_jax.groups(adam_jax.adamw, patterns, learning_rate=1e-3, storage="int8").init(large)

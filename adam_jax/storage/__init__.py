@@ -22,9 +22,11 @@ from adam_jax.storage.moments import (
     with_leaves,
 )
 from adam_jax.storage.policy import (
+    MIN_SIZE,
     Storage,
     check,
     described,
+    is_function,
     may_code,
     may_round,
     renamed,
@@ -36,6 +38,7 @@ from adam_jax.storage.policy import (
 __all__ = [
     "CODES",
     "FORMATS",
+    "MIN_SIZE",
     "Blocks",
     "Code",
     "Format",
@@ -49,6 +52,7 @@ __all__ = [
     "dtypes",
     "encode",
     "is_coded",
+    "is_function",
     "leaves",
     "may_code",
     "may_round",
