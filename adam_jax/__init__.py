@@ -6,7 +6,7 @@ from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
 from adam_jax.catalogue import catalogue
 from adam_jax.chains import chain
 from adam_jax.compare import compare
-from adam_jax.declare import positive, rule, signed
+from adam_jax.declare import positive, rule, running_max, signed
 from adam_jax.directions import (
     scale_by_adam,
     scale_by_adam_atan2,
@@ -108,6 +108,7 @@ __all__ = [
     "rmsprop",
     "rule",
     "rules",
+    "running_max",
     "scale_by_adam",
     "scale_by_adam_atan2",
     "scale_by_adamax",

@@ -104,8 +104,9 @@ def rule(
       factor: for what needs a mean over the whole leaf. The rule then returns the tuple
         (direction, x, …) in the direction's place, and the leaf's direction is multiplied by
         factor(mean of x, …).
-      **moments: `signed` or `positive`, `.starting_at(…)` where not 0, by name. They become the
-        fields of the optimizer's state.
+      **moments: `signed`, `positive`, or `running_max`, by name, which become the fields of the
+        optimizer's state. `.starting_at(…)` gives a start other than 0, and `.at_least(…)` a bound
+        that quantized storage keeps.
 
     Raises:
       TypeError: the function's arguments are not the gradient and the declared moments in order.

@@ -226,3 +226,19 @@ def test_a_format_that_no_leaf_is_large_enough_for_warns():
     adam_jax.adamw(1e-3, storage=lambda path, leaf: "int8").init(small)
     patterns = {"^b$": dict(weight_decay=0.0)}  # whose group has no large leaf
     adam_jax.groups(adam_jax.adamw, patterns, learning_rate=1e-3, storage="int8").init(large)
+
+
+def test_members_of_a_population_draw_apart_if_their_counts_do():
+    params = {"w": jnp.ones((4096,), jnp.bfloat16)}
+    grads = {"w": jnp.ones((4096,), jnp.bfloat16)}
+    tx = adam_jax.stochastic_rounding(optax.sgd(2.0**-10))
+    state = tx.init(params)
+    members = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    apart = members._replace(step_count=members.step_count + 10**6 * jnp.arange(2))
+
+    def step(state):
+        return adam_jax.apply(tx, grads, state, params)[0]["w"]
+
+    together, drawn = jax.vmap(step)(members), jax.vmap(step)(apart)
+    assert jnp.array_equal(together[0], together[1])
+    assert 0.4 < float(jnp.mean(drawn[0] == drawn[1])) < 0.8
