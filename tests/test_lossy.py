@@ -33,24 +33,30 @@ def scan(tx, gradient, steps, measure):
     return jax.jit(lambda: jax.lax.scan(body, tx.init(params), jnp.arange(steps)))()
 
 
-GRADIENTS = {"N": lambda x: x, "3 + N": lambda x: 3 + x}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", GRADIENTS)
-@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
-@pytest.mark.parametrize("name", RULES)
-def test_no_step_jumps(name, spread, kind):
-    """Sizes within a block of 128 elements spread by e^(spread·N); after 20 steps, over 300."""
-    scale = jnp.exp(spread * noise(10_000))
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"rms_centered"}))  # rms_variance is its form
+def test_no_step_jumps(name):
+    """Over 300 steps int8's largest is at most 5 times float32's, after the first 20.
+
+    Sizes within a block spread by e^(s·N), and gradients have either sign or mostly one.
+    """
 
     def largest(storage):
         tx = optimizer(name, 1.0, storage=storage)
-        gradient = lambda t: scale * GRADIENTS[kind](noise(t))  # noqa: E731
-        _, sizes = scan(tx, gradient, 300, lambda u: jnp.abs(u).max())
-        return float(sizes[20:].max())
+        params = {"w": jnp.zeros(SHAPE)}
 
-    assert largest("int8") <= 5 * largest("float32")
+        @jax.jit
+        def run(spread, mean):
+            def body(state, t):
+                g = jnp.exp(spread * noise(10_000)) * (mean + noise(t))
+                updates, state = tx.update({"w": g}, state, params)
+                return state, jnp.abs(updates["w"]).max()
+
+            return jax.lax.scan(body, tx.init(params), jnp.arange(300))[1][20:].max()
+
+        return np.array([[run(s, m) for s in (0.3, 1.0, 2.0)] for m in (0.0, 3.0)])
+
+    assert np.all(largest("int8") <= 5 * largest("float32"))
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
@@ -114,7 +120,7 @@ def test_a_maximum_does_not_ratchet(max_of, growing):
 
     def gradient(t):
         g = jnp.exp(noise(10_000)) * noise(t)
-        return g.at[:, ::128].set(10 * (1 + 0.01 * t)) if growing else g
+        return g.at[:, ::128].set(10 + 0.1 * t.astype(g.dtype)) if growing else g
 
     def maximum(storage):
         tx = adam_jax.amsgrad(1e-3, storage=storage, max_of=max_of)
