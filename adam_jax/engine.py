@@ -112,7 +112,7 @@ class Chain:
             map_with_path(functools.partial(checks.leaf, "the parameter"), params)
         states = tuple(_init(each, params) for each in self.links)
         for each, state in zip(self.links, states, strict=True):
-            _warn_if_nothing_is_quantized(each, state, params)
+            _warn_if_nothing_is_quantized(self.name, each, state, params)
         return states[0] if self.bare else states
 
     def step(
@@ -346,25 +346,25 @@ def _init(link: Link, params: optax.Params) -> Any:
     return optax.MaskedState(state) if link.mask is not None else state
 
 
-def _warn_if_nothing_is_quantized(link: Link, state: Any, params: optax.Params) -> None:
-    """Warn if a format was asked for by name, and every leaf is too small for it.
+def _warn_if_nothing_is_quantized(name: str, link: Link, state: Any, params: optax.Params) -> None:
+    """Warn if a format was asked for by name, and no leaf is fit for it.
 
-    Under a mask, as in `groups`, the leaves of others are hidden, and those may be large enough.
+    Under a mask, as in `groups`, the leaves of others are hidden, and those may be fit.
     """
-    hidden = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    sizes = [np.size(x) for x in hidden if not isinstance(x, optax.MaskedNode)]
-    if link.mask is not None or not sizes or len(sizes) < len(hidden):
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    masked = link.mask is not None or any(isinstance(x, optax.MaskedNode) for x in leaves)
+    if masked or storage.is_function(link.storage):
         return
-    moments = [getattr(state, name) for name in link.rule.moments]
+    moments = [getattr(state, moment) for moment in link.rule.moments]
     asked = [m for m in moments if isinstance(m, Blocks)]
     stored = [x for moment in asked for x in storage.leaves(moment).values()]
-    if stored and not storage.is_function(link.storage) and not any(map(storage.is_coded, stored)):
+    if stored and not any(map(storage.is_coded, stored)):
         warnings.warn(
-            f"{checks.who()}: storage={storage.described(link.storage)} must find a real leaf of "
-            f"at least {storage.MIN_SIZE} elements, got at most {max(sizes)}; all moments stay "
-            f"uncoded, so leave storage out, or name the format by a function, "
+            f"{name}: storage={storage.described(link.storage)} must find a leaf to quantize (real, "
+            f"at least {storage.MIN_SIZE} elements, a last axis longer than 1), got none of "
+            f"{len(leaves)} leaves; leave storage out, or give a function that names the format, "
             f"storage=lambda path, leaf: ...",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -368,7 +368,8 @@ def test_accumulation_and_finite_guard_outside(wrap):
 @every_wrapper
 def test_nnx_optimizer(wrap):
     model = nnx.Linear(16, 16, param_dtype=BFLOAT16, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, wrap(adam_jax.adamw(3e-3, storage="int8")), wrt=nnx.Param)
+    adamw = adam_jax.adamw(3e-3, storage=lambda path, leaf: "int8")
+    optimizer = nnx.Optimizer(model, wrap(adamw), wrt=nnx.Param)
     x = jax.random.normal(jax.random.key(0), (32, 16))
 
     @nnx.jit
