@@ -360,10 +360,10 @@ def _warn_if_nothing_is_quantized(name: str, link: Link, state: Any, params: opt
     stored = [x for moment in asked for x in storage.leaves(moment).values()]
     if stored and not any(map(storage.is_coded, stored)):
         warnings.warn(
-            f"{name}: storage={storage.described(link.storage)} must find a leaf to quantize (real, "
-            f"at least {storage.MIN_SIZE} elements, a last axis longer than 1), got none of "
-            f"{len(leaves)} leaves; leave storage out, or give a function that names the format, "
-            f"storage=lambda path, leaf: ...",
+            f"{name}: storage={storage.described(link.storage)} must find a leaf to quantize, "
+            f"real, of at least {storage.MIN_SIZE} elements and a last axis longer than 1, got "
+            f"none of {len(leaves)} leaves; leave storage out, or give a function that names the "
+            f"format, storage=lambda path, leaf: ...",
             stacklevel=4,
         )
 
@@ -488,14 +488,25 @@ def _encode(
     draw: Callable[[str], jax.Array | None],
     share: Callable[..., jax.Array] | None,
 ) -> tuple[Any, ...]:
-    """Return the new moments of one rule as the old ones are stored."""
-    encoded = []
+    """Return the new moments of one rule as the old ones are stored.
+
+    Only a gradient that isn't finite makes its block NaN. The square of a finite one may overflow:
+    then the largest finite number stands for Inf. Whether the gradient is finite is known from a
+    signed moment in the same blocks, or else costs three instructions per element.
+    """
+    encoded: dict[str, Any] = {}
     for (name, moment), x, stored in zip(declared.items(), new, old, strict=True):
         bits = draw(name) if moment.average and storage.draws(stored) else None
-        if storage.is_coded(stored):
-            x = storage.saturate(x, received)
-        encoded.append(storage.encode(x, stored, bits, share, average=moment.average))
-    return tuple(encoded)
+        marks = [encoded[k] for k in encoded if declared[k].signed]
+        mark = next((y for y in marks if storage.in_equal_blocks(stored, y)), None)
+        mark = None if moment.signed else mark
+        if storage.is_coded(stored) and not moment.signed and mark is None:
+            x = storage.finite(x) + 0 * received  # 0·Inf is NaN
+        x = storage.encode(
+            x, stored, bits, share, average=moment.average, saturate=mark is not None
+        )
+        encoded[name] = x if mark is None else storage.marked_as(x, mark)
+    return tuple(encoded.values())
 
 
 def _decode(
@@ -509,7 +520,7 @@ def _decode(
     ]
     bounds = rule.bounds(moments, hyperparams) if any(map(storage.is_coded, stored)) else moments
     return [
-        jnp.maximum(m, bound) if storage.is_coded(x) and bound is not None else m
+        jnp.where(bound > m, bound, m) if storage.is_coded(x) and bound is not None else m
         for m, bound, x in zip(moments, bounds, stored, strict=True)
     ]
 

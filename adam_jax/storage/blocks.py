@@ -79,14 +79,18 @@ def encode(
     share: Callable[[jax.Array], jax.Array] | None = None,
     *,
     down: bool = False,
+    saturate: bool = False,
 ) -> Blocks:
     """Encode x, each block's largest magnitude exactly; an Inf or NaN makes its block NaN.
 
     `share` finds the largest of each block where x is only a part of them. With `down` nothing is
-    rounded up, if the code can round down.
+    rounded up, if the code can round down. With `saturate` a scale is the largest finite number in
+    place of NaN: the square of a finite gradient overflows above 1.8e19.
     """
     n = x.shape[-1]
     largest = largest_of(_sizes(x), block) if share is None else share(_sizes(x))
+    if saturate:
+        largest = jnp.where(largest == jnp.inf, jnp.finfo(largest.dtype).max, largest)
     down = down and code.round_down is not None
     # scales that seldom change: under equal scales, what was rounded down before stays as it is
     scales = _power_of_four(largest) if down else largest

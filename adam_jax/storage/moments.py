@@ -37,11 +37,13 @@ def encode(
     share: Callable[..., jax.Array] | None = None,
     *,
     average: bool = True,
+    saturate: bool = False,
 ) -> Any:
     """Encode x as `stored` is stored, rounding to nearest without random bits.
 
     What is no average is rounded down instead, if its code can.
     `share` is for a part of a leaf: (its magnitudes, block) → the largest of each whole block.
+    With `saturate` the largest finite number stands for Inf and NaN.
     """
     if not isinstance(stored, Blocks):
         return dense.encode(x, stored, bits)
@@ -50,7 +52,7 @@ def encode(
     x = jax.lax.optimization_barrier(x.astype(jnp.float32))
     code = CODES[stored.codes.dtype]
     share = None if share is None else functools.partial(share, block=code.block)
-    return _without_derivative(code, blocks.size(stored), share, not average, x, part)
+    return _without_derivative(code, blocks.size(stored), share, not average, saturate, x, part)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
@@ -58,29 +60,35 @@ def _uniform(bits: jax.Array) -> jax.Array:
     return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
 
 
-def saturate(x: jax.Array, g: jax.Array) -> jax.Array:
-    """Return x with ±Inf as the largest finite number, but NaN where the gradient isn't finite.
-
-    The square of a finite gradient overflows above 1.8e19. As a scale, Inf would make the whole
-    block NaN.
-    """
-    largest = jnp.finfo(x.dtype).max
-    return jnp.where(jnp.isfinite(g), jnp.clip(x, -largest, largest), jnp.nan)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _without_derivative(
-    code: Code, block: int, share: Any, down: bool, x: jax.Array, draw: jax.Array
+    code: Code, block: int, share: Any, down: bool, saturate: bool, x: jax.Array, draw: jax.Array
 ) -> Blocks:
-    return blocks.encode(code, x, draw, block, share, down=down)
+    return blocks.encode(code, x, draw, block, share, down=down, saturate=saturate)
 
 
 @_without_derivative.defjvp
 def _no_derivative(
-    code: Code, block: int, share: Any, down: bool, primals: Any, tangents: Any
+    code: Code, block: int, share: Any, down: bool, saturate: bool, primals: Any, tangents: Any
 ) -> Any:
-    del block, share, down, primals, tangents
+    del block, share, down, saturate, primals, tangents
     raise checks.no_derivative(f"is coded in {jnp.dtype(code.dtype)}")
+
+
+def finite(x: jax.Array) -> jax.Array:
+    """Return x with its largest finite number for Inf."""
+    largest = jnp.finfo(x.dtype).max
+    return jnp.where(x > largest, largest, x)
+
+
+def in_equal_blocks(stored: Any, other: Any) -> bool:
+    """Whether two moments of a leaf are quantized in the same blocks."""
+    return is_coded(stored) and is_coded(other) and stored.scales.shape == other.scales.shape
+
+
+def marked_as(stored: Blocks, other: Blocks) -> Blocks:
+    """Return a moment whose blocks are NaN where those of another moment of the leaf are."""
+    return Blocks(stored.codes, jnp.where(jnp.isnan(other.scales), jnp.nan, stored.scales))
 
 
 def one_leaf(codes: Any, scales: Any) -> Any:
