@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from adam_jax import checks
 from adam_jax.applying import step
 from adam_jax.layouts import fitting, known_shardings, names, parts
-from adam_jax.paths import Key, is_box, keys, unbox
+from adam_jax.paths import Key, is_box, keys, rebox, unbox
 from adam_jax.transformation import Transformation, is_last, made_of, told
 
 
@@ -197,11 +197,17 @@ def _spread(mesh: Mesh, axis: str, spec: P, shape: Sequence[int]) -> P:
 
 
 def _place(mesh: Mesh, tree: Any, layout: Any) -> Any:
-    """Shard every array of a tree, inside a jitted function and outside."""
+    """Shard every array of a tree, inside a jitted function and outside.
+
+    An array and its spec may be in a box of Flax or not, each for itself.
+    """
 
     def place(x: Any, sharding: Any) -> Any:
         if x is None:
             return None
+        sharding = unbox(sharding)
+        if is_box(x):
+            return rebox(x, place(unbox(x), sharding))
         spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
         if not isinstance(x, Tracer):
             return jax.device_put(x, NamedSharding(mesh, spec))
@@ -210,7 +216,7 @@ def _place(mesh: Mesh, tree: Any, layout: Any) -> Any:
             return jax.reshard(x, NamedSharding(typed, spec))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, tree, layout, is_leaf=lambda x: x is None)
+    return jax.tree.map(place, tree, layout, is_leaf=lambda x: x is None or is_box(x))
 
 
 def _by_key(mesh: Mesh, tree: Any, layout: Any) -> dict[Key, NamedSharding]:

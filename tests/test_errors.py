@@ -561,6 +561,13 @@ UPDATES = [
         f"adamw: this state is not of its making: got dict, {MADE}{SAME}",
     ),
     (
+        "real mu of a complex leaf",
+        lambda: step(aj.adam(1e-3, mu_dtype="float32"), *[COMPLEX] * 3),
+        ValueError,
+        "adam: mu of the complex leaf 'w' is stored as float32 and would lose its imaginary part; "
+        "choose a complex dtype, or none",
+    ),
+    (
         "no moments",
         lambda: aj.moments(aj.sgd(1e-3).init(PARAMS)),
         ValueError,

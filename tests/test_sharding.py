@@ -387,7 +387,7 @@ def test_nnx_keeps_the_shardings_of_its_parameters(axis_type):
 def test_a_checkpoint_of_eight_devices_resumes_on_fewer(tmp_path, devices):
     def setup(count):
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("data",))
-        params = {"w": jnp.ones((64, 1024), jnp.bfloat16), "b": jnp.ones(16, jnp.bfloat16)}
+        params = {"w": jnp.ones((64, 1024), jnp.bfloat16), "bias": jnp.ones(16, jnp.bfloat16)}
         params = jax.device_put(params, NamedSharding(mesh, P()))
         tx = adam_jax.zero1(CANONICAL, mesh)
         return jax.jit(step_of(tx)), tx, params

@@ -28,7 +28,8 @@ def format_of(
 ) -> Any:
     """Return what the moment `name` of one leaf is kept in: a dtype, or a `Format`.
 
-    A signed moment of a complex leaf is complex, whatever real format is named.
+    A signed moment of a complex leaf is complex, whatever real format is asked for; a dtype that
+    `with_dtype` put there, such as Optax's mu_dtype, is taken as it is, as in Optax.
     """
     by_leaf = is_function(storage)
     if by_leaf:
@@ -43,7 +44,7 @@ def format_of(
         coded = _codable(leaf) and (by_leaf or np.size(leaf) >= MIN_SIZE)
         return kept if coded else arithmetic_dtype(default)
     loses = signed and jnp.iscomplexobj(leaf) and not jnp.issubdtype(kept, jnp.complexfloating)
-    return default if loses else kept
+    return default if loses and not isinstance(storage, np.dtype) else kept
 
 
 def _codable(leaf: Any) -> bool:
