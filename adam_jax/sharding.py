@@ -150,8 +150,7 @@ def zero1(
         return state_sharding(tx, params, layout, mesh)
 
     def init(params: optax.Params) -> optax.OptState:
-        # the sharding that a box of Flax names does not hold for the state
-        params = jax.tree.map(unbox, params, is_leaf=is_box)
+        params = _unboxed(params)
         layout = spread(params)
         return _place(mesh, tx.init(_place(mesh, params, layout)), of_state(params, layout))
 
@@ -165,6 +164,8 @@ def zero1(
     ) -> tuple[Any, optax.OptState]:
         with checks.naming("zero1"):
             checks.on_explicit_mesh(mesh, updates)
+        boxes = params if emit_params else updates
+        updates, params = _unboxed(updates), _unboxed(params)
         like = updates if params is None else params
         layout = spread(like)
         inside = None if params is None else _place(mesh, params, layout)
@@ -173,7 +174,8 @@ def zero1(
             out, state = step(tx, updates, state, inside, extra, emit_params=emit_params)
         if _guessed(out):  # by the partitioner, where nothing tells it how results lie
             state = _place(mesh, state, of_state(like, layout))
-        return _place(mesh, out, whole(like)), state
+        out = _place(mesh, out, whole(like))
+        return jax.tree.map(rebox, boxes, out, is_leaf=lambda x: x is None or is_box(x)), state
 
     text = f"zero1({told(tx)}, {dict(mesh.shape)}, axis={axis})"
     return made_of((tx,), init, update, text, emits_params=True, last=is_last(tx))
@@ -197,17 +199,11 @@ def _spread(mesh: Mesh, axis: str, spec: P, shape: Sequence[int]) -> P:
 
 
 def _place(mesh: Mesh, tree: Any, layout: Any) -> Any:
-    """Shard every array of a tree, inside a jitted function and outside.
-
-    An array and its spec may be in a box of Flax or not, each for itself.
-    """
+    """Shard every array of a tree, inside a jitted function and outside."""
 
     def place(x: Any, sharding: Any) -> Any:
         if x is None:
             return None
-        sharding = unbox(sharding)
-        if is_box(x):
-            return rebox(x, place(unbox(x), sharding))
         spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
         if not isinstance(x, Tracer):
             return jax.device_put(x, NamedSharding(mesh, spec))
@@ -216,13 +212,17 @@ def _place(mesh: Mesh, tree: Any, layout: Any) -> Any:
             return jax.reshard(x, NamedSharding(typed, spec))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, tree, layout, is_leaf=lambda x: x is None or is_box(x))
+    return jax.tree.map(place, tree, layout, is_leaf=lambda x: x is None)
+
+
+def _unboxed(tree: Any) -> Any:
+    """Return the tree without boxes of Flax: the shardings that they name aren't the state's."""
+    return jax.tree.map(unbox, tree, is_leaf=is_box)
 
 
 def _by_key(mesh: Mesh, tree: Any, layout: Any) -> dict[Key, NamedSharding]:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
-    specs = map(unbox, treedef.flatten_up_to(layout))
-    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    shardings = [NamedSharding(mesh, spec) for spec in treedef.flatten_up_to(layout)]
     return dict(zip(keys(path for path, _ in leaves), shardings, strict=True))
 
 

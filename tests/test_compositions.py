@@ -11,7 +11,6 @@ import functools
 import os
 import pickle
 import re
-import secrets
 import tempfile
 
 import chex
@@ -47,10 +46,9 @@ def test_a_few_compositions(part):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_many_compositions(part):
-    """Other ones in every run: COMPOSITIONS_SEED, which is printed, brings them back."""
-    seed = int(os.environ.get("COMPOSITIONS_SEED", secrets.randbits(32)))
-    print(f"COMPOSITIONS_SEED={seed}")
-    fuzz(seed + part, max_examples=50, thorough=True)
+    """The same in every run; with another COMPOSITIONS_SEED, as in CI at night, other ones."""
+    seed = int(os.environ.get("COMPOSITIONS_SEED", 1000))
+    fuzz(seed + part, max_examples=30, thorough=True)
 
 
 def fuzz(seed, thorough=False, **given_settings):
@@ -100,6 +98,20 @@ FAILED_ONCE = {
         container="linen boxes",
         mesh="auto",
         layout="columns",
+    ),
+    "groups in zero1 of parameters in Linen's boxes": Composition(
+        "adam",
+        wrappers=("groups", "zero1"),
+        leaves={"w": Leaf((8, 512))},
+        container="linen boxes",
+        mesh="auto",
+    ),
+    "zero1 of parameters in Linen's boxes": Composition(
+        "adam",
+        wrappers=("zero1",),
+        leaves={"w": Leaf((8, 512))},
+        container="linen boxes",
+        mesh="auto",
     ),
     "what master_weights keeps for float32 parameters, in Linen's boxes": Composition(
         "adamw",
