@@ -154,7 +154,7 @@ def storage_function(function: Any) -> None:
 
 
 def no_schedule(caller: str, function: Any) -> Any:
-    """The storage function, with an error of ours if it is called as a schedule is."""
+    """Return the storage function, which raises our error if it is called like a schedule."""
 
     @functools.wraps(function)
     def checked(*args: Any) -> Any:
@@ -183,7 +183,7 @@ def _takes(function: Any, number: int) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value in an error: its repr if that is short, else its name or its type."""
+    """Return a value for an error: its repr if that is short, else its name or its type."""
     if value is None or isinstance(value, (*NUMBERS, str)):
         return repr(value)
     if callable(value) and hasattr(value, "__name__"):
@@ -193,7 +193,7 @@ def _shown(value: Any) -> str:
 
 
 def name_of(function: Any) -> str:
-    """The name of a function; its type's if it has none, such as a functools.partial."""
+    """Return the name of a function, or of its type if it has none (functools.partial)."""
     return getattr(function, "__name__", type(function).__name__)
 
 

@@ -20,14 +20,14 @@ class Moment(NamedTuple):
     """Whether it is an average. Stochastic rounding is unbiased for averages; a maximum keeps what
     was rounded up by chance."""
     bound: Callable[..., Any] | None = None
-    """What its exact value can't be below, from other moments and hyperparameters by name."""
+    """The least that its exact value can be, from moments and hyperparameters by name."""
 
     def starting_at(self, start: float | str) -> Moment:
         """The same moment, starting at a number or at the hyperparameter of that name."""
         return self._replace(start=start)
 
     def at_least(self, bound: Callable[..., Any]) -> Moment:
-        """The same moment, read from quantized storage as at least `bound(…)`.
+        """Return the same moment, read from quantized storage as at least `bound(…)`.
 
         `bound` is given moments and hyperparameters of the rule by the names of its arguments. It
         must hold for the exact moments: quantized ones may break it, which makes a step larger than
@@ -67,7 +67,7 @@ class Rule:
         return len(inspect.signature(self.factor).parameters) if self.factor else 0
 
     def bounds(self, moments: Sequence[Any], hyperparams: Mapping[str, Any]) -> list[Any]:
-        """What each moment can't be below, given all of them; None without a bound."""
+        """Return the least that each moment can be, given all of them; None without a bound."""
         known = {**hyperparams, **dict(zip(self.moments, moments, strict=True))}
         return [
             m.bound(**{k: known[k] for k in _arguments(m.bound)}) if m.bound else None

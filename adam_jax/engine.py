@@ -250,7 +250,7 @@ class Chain:
 
 
 class Seeds(NamedTuple):
-    """What the random bits of a leaf depend on."""
+    """The seeds of the random bits of a leaf."""
 
     leaf: Any
     """A hash of its path."""
@@ -272,7 +272,7 @@ def _name_key(leaf: Key) -> np.uint32:
 
 
 class Tree:
-    """The updates as a list of leaves with their paths; a None or a box of Flax is a leaf."""
+    """A list of the leaves of updates, with their paths; a None or a box of Flax is a leaf."""
 
     def __init__(self, tree: Any):
         self.tree = tree

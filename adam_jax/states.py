@@ -16,7 +16,7 @@ from adam_jax.arithmetic import arithmetic_dtype
 
 
 def _state_of(tx: optax.GradientTransformation) -> type[Any]:
-    """The class of a transformation's state, for which Optax exports no name. Nothing is run."""
+    """Return the class of a state, for which Optax exports no name, without running anything."""
     return type(jax.eval_shape(tx.init, ()))
 
 

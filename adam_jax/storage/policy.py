@@ -141,7 +141,7 @@ def _dense(x: Any) -> Any:
 
 
 def _narrow(x: Any) -> str:
-    """What to do in the place of a floating-point dtype that moments are not kept in."""
+    """Return the advice for a floating-point dtype that moments are not kept in."""
     dtype = floating(x)
     if dtype is None:
         return ""
