@@ -10,9 +10,9 @@ import optax
 from adam_jax import checks, rules
 from adam_jax.engine import lift, link
 from adam_jax.parameters import any_narrow, full, widened
-from adam_jax.transformation import emits_params, source_of
+from adam_jax.transformation import emits_params
 
-_EMIT = source_of(lift([link(rules.identity, {})], "auto", "apply", bare=True)).step
+_EMIT: Any = lift([link(rules.identity, {})], "auto", "apply", bare=True)
 
 
 def apply(
@@ -51,8 +51,7 @@ def apply(
     with checks.naming("apply"):
         checks.transformation("tx", tx, "apply(tx, grads, state, params)")
     if emits_params(tx):
-        update: Any = tx.update
-        return update.function(grads, state, params, extra, emit_params=True)
+        return step(tx, grads, state, params, extra, emit_params=True)
     updates, new = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), new
 
@@ -77,5 +76,6 @@ def step(
     updates, state = optax.with_extra_args_support(tx).update(updates, state, whole, **extra)
     if not (emit_params or any_narrow(params)):
         return updates, state
-    emitted, _ = _EMIT(updates, optax.EmptyState(), params, {}, emit_params=emit_params)
+    empty = optax.EmptyState()
+    emitted, _ = _EMIT.update.function(updates, empty, params, {}, emit_params=emit_params)
     return emitted, state

@@ -40,7 +40,7 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
     with checks.naming("chain"):
         for k, tx in enumerate(transformations):
             checks.transformation(f"argument {k + 1}", tx, "chain(clip, adamw)")
-        checks.nothing_after(transformations[:-1])
+        checks.nothing_after(filter(is_last, transformations[:-1]))
     chained = optax.chain(*transformations)
     limits = [
         _max_norm(tx) if isinstance(source_of(after), Chain) else None

@@ -597,14 +597,13 @@ def as_many(parameters: Sequence[Any], rests: Sequence[Any]) -> None:
         )
 
 
-def nothing_after(transformations: Sequence[Any]) -> None:
-    """What lands exactly must be the last to touch the updates."""
-    for tx in transformations:
-        if getattr(getattr(tx, "update", None), "last", False):
-            raise ValueError(
-                f"{who()}: {tx!r} computes updates that land exactly, and nothing may change them; "
-                f"put it outermost, e.g. master_weights(chain(clip, adamw))"
-            )
+def nothing_after(exact: Iterable[Any]) -> None:
+    """Transformations whose updates are exact must be the last to touch them."""
+    for tx in exact:
+        raise ValueError(
+            f"{who()}: {tx!r} computes updates that land exactly, and nothing may change them; "
+            f"put it outermost, e.g. master_weights(chain(clip, adamw))"
+        )
 
 
 def on_explicit_mesh(mesh: Any, tree: Any) -> None:

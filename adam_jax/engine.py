@@ -134,9 +134,7 @@ class Chain:
         states = self._own(state)
         steps = [_step(link, s) for link, s in zip(self.links, states, strict=True)]
         scalars, layout = hyperparams.pack([(step.t, step.operands) for step in steps])
-        counts = jnp.stack(
-            [jnp.uint32(0) if s.t is None else s.t.astype(jnp.uint32) for s in steps]
-        )
+        counts = tuple(0 if step.t is None else step.t for step in steps)
         tree = Tree(updates)
         moments = self._moments(tree, states)
         stepped = [
@@ -210,7 +208,7 @@ class Chain:
         stages: Stages,
         scalars: jax.Array,
         layout: Any,
-        counts: jax.Array,
+        counts: tuple[Any, ...],
         emit_params: bool,
     ) -> tuple[Any, Sequence[tuple[Any, ...]]]:
         """Checks one leaf and runs the rules on it; a leaf without a gradient stays as it is."""
@@ -262,8 +260,8 @@ class Seeds(NamedTuple):
     def packed(self) -> jax.Array:
         """One vector of uint32: the leaf, the parameter, the steps."""
         parameter = 0 if self.parameter is None else self.parameter
-        first = jnp.stack([jnp.asarray(x, jnp.uint32) for x in (self.leaf, parameter)])
-        return jnp.concatenate([first, self.counts])
+        numbers = (self.leaf, parameter, *self.counts)
+        return jnp.stack([jnp.asarray(x).astype(jnp.uint32) for x in numbers])
 
 
 def _name_key(leaf: Key) -> np.uint32:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from adam_jax import checks, parameters, storage
-from adam_jax.arithmetic import arithmetic_dtype
+from adam_jax.arithmetic import abs_sq, arithmetic_dtype
 from adam_jax.paths import leaves_with_path, path_string
 from adam_jax.states import moment_fields, moments, named_tuples, state_class
 from adam_jax.transformation import parts
@@ -197,7 +197,7 @@ def _recentered(s: Any, wanted: set[Any]) -> Any:
         return s
     old, new, sign = ("nu", "variance", -1) if kind == forms[0] else ("variance", "nu", 1)
     values = moments(s)
-    other = jax.tree.map(lambda m, v: v + sign * m * m, values["mu"], values[old])
+    other = jax.tree.map(lambda m, v: v + sign * abs_sq(m), values["mu"], values[old])
     counted = _any_count(s)
     fields = {"mu": values["mu"], new: other} | ({} if counted is None else {"count": counted})
     return state_class(("mu", new), counted is not None)(**fields)
@@ -210,8 +210,8 @@ def _kind(s: Any) -> Any:
 
 def _maxima(tx: Any) -> set[str]:
     """Return the names of the moments of `tx` that are no averages."""
-    moments = [item for link in parts(tx) for item in link.rule.moments.items()]
-    return {name for name, moment in moments if not moment.average}
+    declared = [item for link in parts(tx) for item in link.rule.moments.items()]
+    return {name for name, moment in declared if not moment.average}
 
 
 def _convert(node: Any, donors: dict[Any, list[Any]], steps: Any, maxima: Collection[str]) -> Any:

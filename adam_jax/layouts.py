@@ -8,9 +8,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jax.sharding import NamedSharding, PartitionSpec as P
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from adam_jax.paths import Key
+
+
+def is_explicit(x: Any) -> bool:
+    """Whether the type of an array has its sharding."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
 
 _known: contextvars.ContextVar[Mapping[Key, NamedSharding] | None]
 _known = contextvars.ContextVar("known", default=None)

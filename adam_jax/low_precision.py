@@ -23,7 +23,7 @@ from adam_jax.engine import Tree
 from adam_jax.parameters import Narrow, is_narrow, read, value
 from adam_jax.paths import is_box, map_with_path, unbox
 from adam_jax.states import named_tuples
-from adam_jax.transformation import Transformation, made_of, told
+from adam_jax.transformation import Transformation, is_last, made_of, told
 
 REST = {32: jnp.int16, 24: jnp.int8}
 """What the bits of a master below its upper 16 are kept in."""
@@ -178,7 +178,7 @@ def _around(
     """tx around which bfloat16 parameters are Narrow, with what is `kept` or rounded by chance."""
     with checks.naming(name):
         checks.transformation("tx", tx, f"{name}(tx)")
-        checks.nothing_after([tx])
+        checks.nothing_after(filter(is_last, [tx]))
 
     def update(
         updates: optax.Updates,

@@ -91,7 +91,7 @@ def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
         checks.finished(rule.name, told(tx))
     inner = optax.with_extra_args_support(tx)
     follower = lift([link(rule, {})], "auto", rule.name, bare=True)
-    follow = source_of(follower).step
+    follow: Any = follower.update
 
     def update(
         updates: optax.Updates,
@@ -101,7 +101,7 @@ def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
     ) -> tuple[optax.Updates, optax.OptState]:
         direction, state = inner.update(updates, state, params, **extra)
         empty = optax.EmptyState()
-        out, _ = follow(direction, empty, None, {}, emit_params=False, grads=updates)
+        out, _ = follow.function(direction, empty, None, {}, emit_params=False, grads=updates)
         return out, state
 
     return made_of((tx, follower), tx.init, update, f"{rule.name}({tx!r})")

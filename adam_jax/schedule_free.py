@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import checks, rules
+from adam_jax.applying import step
 from adam_jax.arithmetic import arithmetic_dtype
 from adam_jax.engine import Link, lift, link
 from adam_jax.states import RmsCounted, named_tuples
 from adam_jax.storage import Blocks, Storage, uncoded, with_dtype
-from adam_jax.transformation import Transformation, constructor, made_of, source_of
+from adam_jax.transformation import Transformation, constructor, made_of
 
 
 class _Iterate(NamedTuple):
@@ -127,8 +128,8 @@ def schedule_free_adamw(
         share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1), 0)
         inner = (*state.base_optimizer_state, _Iterate(state.step_count - 1, state.z))
         states: Any
-        step = source_of(chain(rate, share)).step
-        updates, states = step(updates, inner, params, extra, emit_params=emit_params)
+        tx = chain(rate, share)
+        updates, states = step(tx, updates, inner, params, extra, emit_params=emit_params)
         *base, iterate = states
         return updates, state._replace(
             weight_sum=weight_sum.astype(state.weight_sum.dtype),

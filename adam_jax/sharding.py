@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from adam_jax import checks
 from adam_jax.applying import step
-from adam_jax.layouts import fitting, known_shardings, names, parts
-from adam_jax.paths import Key, is_box, keys, rebox, unbox
+from adam_jax.layouts import fitting, is_explicit, known_shardings, names, parts
+from adam_jax.paths import by_key, is_box, rebox, unbox
 from adam_jax.transformation import Transformation, is_last, made_of, told
 
 
@@ -132,13 +132,13 @@ def zero1(
         checks.transformation("tx", tx, "zero1(tx, mesh)")
     checks.mesh_axis("zero1", mesh, axis)
     explicit = AxisType.Explicit in mesh.axis_types
-    specs = jax.tree.map(unbox, specs, is_leaf=is_box)
+    specs = _unboxed(specs)
 
     def whole(params: Any) -> Any:
         """How parameters lie outside."""
         if specs is not None:
             return _broadcast(specs, params)
-        return jax.tree.map(lambda p: _spec(p) if _explicit(p) else P(), params)
+        return jax.tree.map(lambda p: _spec(p) if is_explicit(p) else P(), params)
 
     def spread(params: Any) -> Any:
         """How they lie inside."""
@@ -170,7 +170,8 @@ def zero1(
         layout = spread(like)
         inside = None if params is None else _place(mesh, params, layout)
         updates = _place(mesh, updates, layout)
-        with known_shardings({} if explicit else _by_key(mesh, like, layout)):
+        specs_by_key = {} if explicit else by_key(layout)
+        with known_shardings({k: NamedSharding(mesh, spec) for k, spec in specs_by_key.items()}):
             out, state = step(tx, updates, state, inside, extra, emit_params=emit_params)
         if _guessed(out):  # by the partitioner, where nothing tells it how results lie
             state = _place(mesh, state, of_state(like, layout))
@@ -207,7 +208,7 @@ def _place(mesh: Mesh, tree: Any, layout: Any) -> Any:
         spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
         if not isinstance(x, Tracer):
             return jax.device_put(x, NamedSharding(mesh, spec))
-        typed = jax.typeof(x).sharding.mesh if _explicit(x) else mesh
+        typed = jax.typeof(x).sharding.mesh if is_explicit(x) else mesh
         if AxisType.Explicit in typed.axis_types:  # of the context, as in state_sharding
             return jax.reshard(x, NamedSharding(typed, spec))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -220,19 +221,8 @@ def _unboxed(tree: Any) -> Any:
     return jax.tree.map(unbox, tree, is_leaf=is_box)
 
 
-def _by_key(mesh: Mesh, tree: Any, layout: Any) -> dict[Key, NamedSharding]:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    shardings = [NamedSharding(mesh, spec) for spec in treedef.flatten_up_to(layout)]
-    return dict(zip(keys(path for path, _ in leaves), shardings, strict=True))
-
-
 def _guessed(tree: Any) -> bool:
-    return any(isinstance(x, Tracer) and not _explicit(x) for x in jax.tree.leaves(tree))
-
-
-def _explicit(x: Any) -> bool:
-    """Whether an array's type tells how it is sharded."""
-    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    return any(isinstance(x, Tracer) and not is_explicit(x) for x in jax.tree.leaves(tree))
 
 
 def _spec(x: Any) -> P:

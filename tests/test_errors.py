@@ -561,6 +561,13 @@ UPDATES = [
         f"adamw: this state is not of its making: got dict, {MADE}{SAME}",
     ),
     (
+        "gradient of another shape, Schedule-Free",
+        lambda: step(aj.schedule_free_adamw(1e-3), {"w": jnp.ones(2)}, *[{"w": jnp.ones(3)}] * 2),
+        ValueError,
+        "schedule_free_adamw: the gradient of 'w' has shape (2,), its nu (3,); they must be equal "
+        "(nothing is broadcast)",
+    ),
+    (
         "real mu of a complex leaf",
         lambda: step(aj.adam(1e-3, mu_dtype="float32"), *[COMPLEX] * 3),
         ValueError,

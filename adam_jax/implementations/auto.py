@@ -26,7 +26,7 @@ def run(
     *operands: Any,
 ) -> Any:
     """Run the step of quantized state in a kernel or in tiles; XLA fuses the other steps well."""
-    if not any(storage.is_coded(x) for moments in operands[2] for x in moments):
+    if not storage.any_coded(operands[2]):
         return xla.run(leaf, asks, over, sharding, u, *operands)
     streamed = functools.partial(stream.run, leaf, asks, over, sharding)
     if target_platform() == "cpu":

@@ -60,11 +60,6 @@ class Shard(NamedTuple):
         return [(jax.lax.psum(x, self.axes) if self.axes else x) / size for x in sums]
 
 
-def is_explicit(u: jax.Array) -> bool:
-    """Whether the type of an array has its sharding."""
-    return AxisType.Explicit in jax.typeof(u).sharding.mesh.axis_types
-
-
 def is_unknown(u: jax.Array, sharding: NamedSharding | None) -> bool:
     """Whether a leaf may be sharded in a way that only XLA's partitioner will know."""
     kinds = jax.typeof(u).sharding.mesh.axis_types

@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding
 
 from adam_jax import storage
 from adam_jax.implementations import cut
-from adam_jax.implementations.shards import is_explicit, per_shard
+from adam_jax.implementations.shards import per_shard
 from adam_jax.implementations.steps import Step, finish
+from adam_jax.layouts import is_explicit
 from adam_jax.storage.noise import whole
 
 
@@ -31,7 +32,7 @@ def run(
     is stepped shard by shard there.
     """
     del asks
-    if is_explicit(u) and any(storage.is_coded(x) for moments in operands[2] for x in moments):
+    if is_explicit(u) and storage.any_coded(operands[2]):
         return per_shard(functools.partial(_run, leaf), over, sharding, u, *operands)
     place = None if operands[-1] is None else whole(u.shape)  # for random bits alone
     step = leaf(u, *operands, place, ordered=orders())

@@ -8,6 +8,7 @@ policy. A format is a dtype (`dense`), or codes with a scale per block (`blocks`
 from adam_jax.storage.blocks import Blocks, Code, size
 from adam_jax.storage.formats import CODES, FORMATS, Format, register
 from adam_jax.storage.moments import (
+    any_coded,
     block_of,
     codes_of,
     decode,
@@ -45,6 +46,7 @@ __all__ = [
     "Code",
     "Format",
     "Storage",
+    "any_coded",
     "block_of",
     "check",
     "codes_of",

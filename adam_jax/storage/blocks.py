@@ -91,9 +91,9 @@ def encode(
     largest = largest_of(_sizes(x), block) if share is None else share(_sizes(x))
     if saturate:
         largest = jnp.where(largest == jnp.inf, jnp.finfo(largest.dtype).max, largest)
-    down = down and code.round_down is not None
+    round_down = code.round_down if down else None
     # scales that seldom change: under equal scales, what was rounded down before stays as it is
-    scales = _power_of_four(largest) if down else largest
+    scales = _power_of_four(largest) if round_down else largest
     scales = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
     # a hair above 1, so that the largest reaches 1 in spite of rounding; in two factors, because
     # 1/scale leaves float32's range at both of its ends
@@ -102,7 +102,7 @@ def encode(
     y = x * _each(halfway, block, n) * _each(inverse, block, n)
     y = at_least(y, jnp.where(x > 0, jnp.finfo(y.dtype).tiny, -1))  # no underflow
     y = at_most(y, 1)
-    codes = code.round_down(y) if down and code.round_down else code.encode(y, draw)
+    codes = round_down(y) if round_down else code.encode(y, draw)
     return Blocks(codes, scales)
 
 

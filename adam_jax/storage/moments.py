@@ -130,6 +130,11 @@ def is_coded(stored: Any) -> bool:
     return isinstance(stored, Blocks) and stored.codes.dtype in CODES
 
 
+def any_coded(stored: Sequence[Sequence[Any]]) -> bool:
+    """Whether any moment of a leaf's rules is in codes."""
+    return any(is_coded(x) for moments in stored for x in moments)
+
+
 def draws(stored: Any) -> bool:
     """Whether writing any of these moments takes random bits."""
     return any(x.dtype in (jnp.bfloat16, *CODES) for x in jax.tree.leaves(stored))
