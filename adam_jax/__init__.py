@@ -1,38 +1,17 @@
 """The Adam family for JAX: Optax transformations, each written once, as its paper has it."""
 
-from adam_jax import diagnostics, interop, rules, schedules, storage
-from adam_jax.applying import apply
-from adam_jax.arithmetic import abs_sq, debias, ema, sqrt
-from adam_jax.catalogue import catalogue
-from adam_jax.chains import chain
-from adam_jax.compare import compare
-from adam_jax.declare import positive, rule, running_max, signed
-from adam_jax.directions import (
-    scale_by_adam,
-    scale_by_adam_atan2,
-    scale_by_adamax,
-    scale_by_adan,
-    scale_by_ademamix,
-    scale_by_adopt,
-    scale_by_amsgrad,
-    scale_by_belief,
-    scale_by_laprop,
-    scale_by_lion,
-    scale_by_nadam,
-    scale_by_radam,
-    scale_by_rms,
-    scale_by_rule,
-    scale_by_simplified_ademamix,
-    scale_by_stable_adamw,
-    scale_by_stddev,
-    scale_by_yogi,
-    trace,
-)
-from adam_jax.groups import groups
+from adam_jax import interop, rules, schedules, storage
+from adam_jax._engine.apply import apply
+from adam_jax._engine.state import moments, step_count
+from adam_jax._util.declare import positive, rule, running_max, signed
+from adam_jax._util.numerics import abs_sq, debias, ema, sqrt
+from adam_jax._util.paths import matching, not_matching
+from adam_jax.analysis import diagnostics
+from adam_jax.analysis.compare import compare
+from adam_jax.analysis.memory import memory_report
 from adam_jax.interop import convert_state
-from adam_jax.low_precision import get_master_weights, master_weights, stochastic_rounding
-from adam_jax.modifiers import cautious, grams, mars
-from adam_jax.optimizers import (
+from adam_jax.optimizers._catalogue import catalogue
+from adam_jax.optimizers._constructors import (
     adabelief,
     adam,
     adam_atan2,
@@ -56,12 +35,38 @@ from adam_jax.optimizers import (
     stable_adamw,
     yogi,
 )
-from adam_jax.paths import matching, not_matching
-from adam_jax.report import memory_report
-from adam_jax.schedule_free import schedule_free_adamw, schedule_free_eval_params
-from adam_jax.sharding import state_sharding, zero1
-from adam_jax.states import moments, step_count
-from adam_jax.tuning import get_hyperparams, set_hyperparams, tunable
+from adam_jax.optimizers._directions import (
+    scale_by_adam,
+    scale_by_adam_atan2,
+    scale_by_adamax,
+    scale_by_adan,
+    scale_by_ademamix,
+    scale_by_adopt,
+    scale_by_amsgrad,
+    scale_by_belief,
+    scale_by_laprop,
+    scale_by_lion,
+    scale_by_nadam,
+    scale_by_radam,
+    scale_by_rms,
+    scale_by_rule,
+    scale_by_simplified_ademamix,
+    scale_by_stable_adamw,
+    scale_by_stddev,
+    scale_by_yogi,
+    trace,
+)
+from adam_jax.optimizers.schedule_free_adamw import schedule_free_adamw, schedule_free_eval_params
+from adam_jax.transforms.chain import chain
+from adam_jax.transforms.groups import groups
+from adam_jax.transforms.master_weights import (
+    get_master_weights,
+    master_weights,
+    stochastic_rounding,
+)
+from adam_jax.transforms.tunable import get_hyperparams, set_hyperparams, tunable
+from adam_jax.transforms.wrappers import cautious, grams, mars
+from adam_jax.transforms.zero import state_sharding, zero1
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from adam_jax.arithmetic import (
+from adam_jax._util.declare import Rule, positive, rule, running_max, signed
+from adam_jax._util.numerics import (
     abs_sq,
     averaging_length,
     debias,
@@ -19,7 +20,6 @@ from adam_jax.arithmetic import (
     momentum_product,
     sqrt,
 )
-from adam_jax.declare import Rule, positive, rule, running_max, signed
 
 average_square = positive.at_least(least_square)
 """An average of squared gradients, beside an average mu of the gradients themselves."""

@@ -8,8 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adam_jax import checks
-from adam_jax.arithmetic import Decay, decay_rate
+from adam_jax._util import errors
+from adam_jax._util.numerics import Decay, decay_rate
 
 
 def ademamix_warmup(b1: chex.Numeric, b3: Any, alpha: Any, steps: int | None) -> tuple[Any, Any]:
@@ -32,10 +32,10 @@ def ademamix_warmup(b1: chex.Numeric, b3: Any, alpha: Any, steps: int | None) ->
     """
     if steps is None:
         return b3, alpha
-    checks.above_zero("b1", b1)
-    checks.at_least(1, "warmup_steps", steps)
-    checks.not_a_schedule("b3", b3)
-    checks.not_a_schedule("alpha", alpha)
+    errors.above_zero("b1", b1)
+    errors.at_least(1, "warmup_steps", steps)
+    errors.not_a_schedule("b3", b3)
+    errors.not_a_schedule("alpha", alpha)
     dtype = jnp.result_type(float)
     start, end = (jnp.asarray(decay_rate(b).log, dtype) for b in (b1, b3))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import adam_jax
-from adam_jax.storage import CODES, FORMATS, Code, Format, int8
+from adam_jax.storage import CODES, FORMATS, Code, Format, _int8
 from benchmarks import report
 
 Curve = tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]
@@ -67,7 +67,7 @@ def float8(dtype, largest: float) -> Code:
 
 
 CANDIDATES = {
-    "int8 (shipped)": Format(int8.SIGNED, int8.POSITIVE),
+    "int8 (shipped)": Format(_int8.SIGNED, _int8.POSITIVE),
     "square root, block 64": pair("square root", "square root", block=64),
     "square root, block 256": pair("square root", "square root", block=256),
     "square root, nearest": pair("square root", "square root", stochastic=False),

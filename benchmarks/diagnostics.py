@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import adam_jax
-from adam_jax.tasks import TASKS
+from adam_jax.cli.tasks import TASKS
 from benchmarks import report
 
 ROUNDS, STEPS = 60, 10

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import adam_jax
-from adam_jax.tasks import TASKS, scheduled
+from adam_jax.cli.tasks import TASKS, scheduled
 from benchmarks import report
 
 TASK = TASKS["characters"]

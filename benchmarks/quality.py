@@ -11,7 +11,7 @@ import functools
 import jax
 
 import adam_jax
-from adam_jax.tasks import TASKS, scheduled
+from adam_jax.cli.tasks import TASKS, scheduled
 from benchmarks import report
 
 FORMATS = ("float32", "bfloat16", "int8")

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import adam_jax
-from adam_jax import tasks
+from adam_jax.cli import tasks
 from benchmarks import report, step
 
 ROUNDS = 21

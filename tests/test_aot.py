@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import adam_jax
-from adam_jax.implementations import auto
+from adam_jax._backends import auto
 
 os.environ |= {  # read when libtpu is loaded, which is at the first topology
     "TPU_SKIP_MDS_QUERY": "1",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import adam_jax
-from adam_jax.arithmetic import averaging_length, debias, decay_rate, momentum_product
+from adam_jax._util.numerics import averaging_length, debias, decay_rate, momentum_product
 
 RATES = (0.0, 0.5, 0.9, 0.999, 0.9999, 0.99999, 0.999999)
 STEPS = (1, 2, 3, 5, 6, 10, 100, 1000, 10**5)

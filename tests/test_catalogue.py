@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 import adam_jax
-from adam_jax.__main__ import main
-from adam_jax.catalogue import _FACTS, constructors, markdown, table
+from adam_jax.cli.main import main
+from adam_jax.optimizers._catalogue import _FACTS, constructors, markdown, table
 
 README = Path(__file__).parent.parent / "README.md"
 ENTRIES = {entry.name: entry for entry in adam_jax.catalogue()}

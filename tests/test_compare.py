@@ -13,9 +13,9 @@ import optax
 import pytest
 
 import adam_jax
-from adam_jax import tasks
-from adam_jax.__main__ import main
-from adam_jax.compare import Comparison
+from adam_jax.analysis.compare import Comparison
+from adam_jax.cli import tasks
+from adam_jax.cli.main import main
 
 STEPS = 43  # no multiple of the chunks
 RATES = (0.01, 0.1, 0.3)

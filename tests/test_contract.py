@@ -19,7 +19,7 @@ import reference
 
 import adam_jax
 from adam_jax import positive, rule, signed
-from adam_jax.engine import run_leaf
+from adam_jax._engine.chain import run_leaf
 
 # two leaves of one shape: each rule is compiled for each shape
 PARAMS = {"dense": {"kernel": (8, 4), "gate": (8, 4)}, "scale": ()}

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from test_main import Without
 
 import adam_jax
-from adam_jax import diagnostics
+from adam_jax.analysis import diagnostics
 
 standard = pytest.mark.standard_promotion
 GROUPS = {"all": "", "kernels": "kernel"}

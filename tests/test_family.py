@@ -15,7 +15,7 @@ from test_contract import gradients_with_everything, run_twin
 
 import adam_jax
 from adam_jax import rules
-from adam_jax.catalogue import constructors
+from adam_jax.optimizers._catalogue import constructors
 
 FINISHED = {k: make for k, make in constructors().items() if k != "schedule_free_adamw"}
 standard = pytest.mark.standard_promotion

@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from adam_jax.implementations.platform import target_platform
+from adam_jax._backends.platform import target_platform
 
 STEP = """if True:
     import sys
@@ -44,7 +44,7 @@ def below(modules, *packages):
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 def test_a_step_without_a_kernel_imports_no_pallas(storage):
     modules = imported(storage, "auto")
-    assert "adam_jax.implementations.auto" in modules
+    assert "adam_jax._backends.auto" in modules
     assert below(modules, "jax.experimental.pallas", "jax._src.pallas") == []
 
 

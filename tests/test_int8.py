@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from test_contract import RULES, every_rule, optimizer
 
 import adam_jax
-from adam_jax.storage import Blocks, Code, Format, blocks, int8
+from adam_jax.storage import Blocks, Code, Format, _blockwise, _int8
 
 standard = pytest.mark.standard_promotion
 
@@ -93,7 +93,7 @@ def test_memory_report_counts_the_buffers(name, storage):
 @functools.partial(jax.jit, static_argnums=0)
 def round_trip(code, x, draw):
     draws = jnp.full(np.shape(x), draw, jnp.float32)
-    return blocks.decode(code, blocks.encode(code, x, draws, code.block))
+    return _blockwise.decode(code, _blockwise.encode(code, x, draws, code.block))
 
 
 def decoded(code, x, draw=0.5):
@@ -112,8 +112,8 @@ sizes = st.one_of(st.just(0.0), st.floats(2.0**-122, float(np.float32(1e38)), wi
 )
 def test_a_round_trip_stays_within_a_step_of_the_code(x, draw, sign):
     """(q + 1)² - q² = 2q + 1 of n² for q = n·√(x/s): an error of (2·√(x/s)·n + 1)/n² of s."""
-    for code, n in ((int8.SIGNED, 127), (int8.POSITIVE, 255)):
-        s = sign if code is int8.SIGNED else 1
+    for code, n in ((_int8.SIGNED, 127), (_int8.POSITIVE, 255)):
+        s = sign if code is _int8.SIGNED else 1
         got = s * decoded(code, s * x, draw)
         edges = range(0, x.shape[-1], 128)
         largest = np.concatenate(
@@ -124,18 +124,18 @@ def test_a_round_trip_stays_within_a_step_of_the_code(x, draw, sign):
             root = np.sqrt(np.where(largest > 0, x / largest, 0))
         assert np.all(np.abs(got - x) <= 1.001 * (2 * root * n + 1) / n**2 * largest + 2.0**-126)
         np.testing.assert_array_equal(got[x == largest], x[x == largest])
-        if code is int8.POSITIVE:
+        if code is _int8.POSITIVE:
             assert np.all(got[(x > 0) & (largest > 1e-30)] > 0)
 
 
 def test_zeros_stay_zero_and_one_bad_element_costs_its_block():
     x = np.zeros((2, 300), np.float32)
-    for code in (int8.SIGNED, int8.POSITIVE):
+    for code in (_int8.SIGNED, _int8.POSITIVE):
         np.testing.assert_array_equal(decoded(code, x), x)
     for bad in (np.nan, np.inf):
         spoiled = np.ones((2, 300), np.float32)
         spoiled[1, 130] = bad
-        got = decoded(int8.SIGNED, spoiled)
+        got = decoded(_int8.SIGNED, spoiled)
         assert np.isnan(got[1, 128:256]).all()
         assert np.isfinite(got).sum() == 600 - 128
 
@@ -143,9 +143,9 @@ def test_zeros_stay_zero_and_one_bad_element_costs_its_block():
 def test_rounding_is_unbiased_in_the_value():
     x = jnp.linspace(0.0, 1.0, 128).reshape(1, 128)
     draws = jax.random.uniform(jax.random.key(0), (20_000, 128))
-    for code in (int8.SIGNED, int8.POSITIVE):
-        stored = blocks.encode(code, jnp.broadcast_to(x, draws.shape), draws, 128)
-        mean = np.asarray(blocks.decode(code, stored), np.float64).mean(0)
+    for code in (_int8.SIGNED, _int8.POSITIVE):
+        stored = _blockwise.encode(code, jnp.broadcast_to(x, draws.shape), draws, 128)
+        mean = np.asarray(_blockwise.decode(code, stored), np.float64).mean(0)
         step = 2 / code.block * np.sqrt(x[0]) + 1e-4
         assert np.all(np.abs(mean - x[0]) <= 0.03 * step)
 
@@ -348,7 +348,7 @@ def test_a_registered_format_gets_what_ours_get(registered):
     [
         ("int8", FLOAT8, "is taken"),
         ("bfloat16", FLOAT8, "is taken"),
-        ("mine", int8.SIGNED, "codes of int8"),
+        ("mine", _int8.SIGNED, "codes of int8"),
         ("mine", Code(jnp.float8_e5m2, nearest_float8, from_float8), "gives back"),
         ("mine", Code(jnp.float8_e5m2, nearest_float8, from_float8, 100), "a power of two"),
     ],

@@ -18,7 +18,7 @@ from test_int8 import gpt2_small, nbytes
 from test_stream import MB, sent
 
 import adam_jax
-from adam_jax.transformation import told
+from adam_jax._engine.transformation import told
 
 pytestmark = pytest.mark.standard_promotion  # apply_updates adds float32 to bfloat16
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import adam_jax
-from adam_jax.__main__ import main
+from adam_jax.cli.main import main
 
 
 def train(*options: str) -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,8 @@ def test_options(tmp_path):
 def test_the_losses_overlap():
     code = """if True:
         import numpy as np
-        from adam_jax import adamw, demo
+        from adam_jax.cli import demo
+        from adam_jax import adamw
         recipe = demo.Recipe(steps=200, learning_rate=2e-3, weight_decay=1.0, seed=1)
         pair = recipe.reference(), recipe.ours(adamw, None)
         reference, ours = (demo.train(recipe, tx, "run").losses for tx in pair)
@@ -166,7 +167,7 @@ def test_unknown_command_and_option(capsys):
 def test_a_demo_dependency_is_missing(capsys, monkeypatch, package):
     for module in [m for m in sys.modules if m.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.delitem(sys.modules, "adam_jax.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "adam_jax.cli.demo", raising=False)
     monkeypatch.delattr(adam_jax, "demo", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Without(package), *sys.meta_path])
     err = complaint(capsys, "train")

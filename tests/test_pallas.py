@@ -16,9 +16,9 @@ from test_contract import TWINS, defaults, homemade
 from test_stream import sent
 
 import adam_jax
-from adam_jax.implementations import IMPLEMENTATIONS, auto, pallas
-from adam_jax.implementations.hoist import hoist
-from adam_jax.implementations.platform import target_platform
+from adam_jax._backends import IMPLEMENTATIONS, auto, pallas
+from adam_jax._backends.hoist import hoist
+from adam_jax._backends.platform import target_platform
 
 FORMATS = ("float32", "bfloat16", "int8")
 EVERY_RULE = {**adam_jax.rules.RULES, "homemade": homemade}

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 import adam_jax
-from adam_jax.storage import noise
-from adam_jax.storage.dense import stochastic_bfloat16
+from adam_jax.storage import _random_bits
+from adam_jax.storage._dense import stochastic_bfloat16
 
 
 def random_bits(key, shape):
-    return noise.random_bits(jnp.uint32(key), jnp.uint32(1), noise.whole(shape))
+    return _random_bits.random_bits(jnp.uint32(key), jnp.uint32(1), _random_bits.whole(shape))
 
 
 finite = st.floats(-(2.0**127), 2.0**127, width=32).filter(lambda x: x == 0 or abs(x) > 1e-37)

@@ -5,9 +5,9 @@ itself: what is stored determines how it is read and written (`moments`), and up
 policy. A format is a dtype (`dense`), or codes with a scale per block (`blocks`, `int8`).
 """
 
-from adam_jax.storage.blocks import Blocks, Code, size
-from adam_jax.storage.formats import CODES, FORMATS, Format, register
-from adam_jax.storage.moments import (
+from adam_jax.storage._blockwise import Blocks, Code, size
+from adam_jax.storage._formats import CODES, FORMATS, Format, register
+from adam_jax.storage._moments import (
     any_coded,
     block_of,
     codes_of,
@@ -24,7 +24,7 @@ from adam_jax.storage.moments import (
     start,
     with_leaves,
 )
-from adam_jax.storage.policy import (
+from adam_jax.storage._policy import (
     MIN_SIZE,
     Storage,
     check,

@@ -1,0 +1,207 @@
+"""Run the step of a leaf on each device's shard of it, so that a loop over tiles gathers nothing.
+
+If the sharding of the leaf is known, `shard_map` runs the step: on explicit mesh axes it is part of
+the leaf's type, and on automatic ones `zero1` makes it known. Otherwise XLA's partitioner calls
+`custom_partitioning`, which TPUs don't have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from adam_jax import storage
+from adam_jax._backends.platform import target_platform
+from adam_jax._util import errors
+from adam_jax._util.partition_specs import fitting, names, parts
+from adam_jax.storage import Blocks
+from adam_jax.storage._random_bits import Place
+
+
+class Shard(NamedTuple):
+    """Which part of its leaf an array is."""
+
+    whole: tuple[int, ...]
+    """The leaf's shape."""
+    origin: Sequence[jax.Array]
+    """The index in the leaf of the part's first element."""
+    axes: tuple[str, ...] = ()
+    """The mesh axes over which the leaf is spread."""
+    cut: tuple[str, ...] = ()
+    """Those among them over which its last axis is, if that cuts blocks in two."""
+
+    def place(self, row: jax.Array, column: jax.Array, width: int, shape: Sequence[int]) -> Place:
+        """Where elements [row, column : column + width] of a part of this shape lie in the leaf."""
+        *leading, last = (jnp.asarray(x, jnp.uint32) for x in self.origin)
+        row, column = row.astype(jnp.uint32), column.astype(jnp.uint32)
+        if tuple(shape[:-1]) != self.whole[:-1]:
+            indices, row = jnp.unravel_index(row, shape[:-1]), jnp.zeros_like(row)
+            for index, first, size in zip(indices, leading, self.whole, strict=False):
+                row = row * jnp.uint32(size) + index + first
+        lane = jax.lax.broadcasted_iota(
+            jnp.uint32, (*(1 for _ in row.shape[:-1]), width), row.ndim - 1
+        )
+        return Place(row, column + last, lane)
+
+    def all_of(self, shape: Sequence[int]) -> Place:
+        """Return the place of all elements of a part of this shape."""
+        row = jnp.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)
+        return self.place(row, jnp.zeros_like(row), shape[-1], shape)
+
+    def mean(self, sums: Sequence[jax.Array]) -> list[jax.Array]:
+        """Means over the leaf from sums over its parts."""
+        size = math.prod(self.whole)
+        return [(jax.lax.psum(x, self.axes) if self.axes else x) / size for x in sums]
+
+
+def is_unknown(u: jax.Array, sharding: NamedSharding | None) -> bool:
+    """Whether a leaf may be sharded in a way that only XLA's partitioner will know."""
+    kinds = jax.typeof(u).sharding.mesh.axis_types
+    if sharding is not None or AxisType.Explicit in kinds or AxisType.Manual in kinds:
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    in_context = mesh.axis_names or mesh.abstract_device is not None
+    return (mesh.size if in_context else jax.device_count()) > 1
+
+
+def per_shard(
+    run: Callable[..., Any], over: int, sharding: NamedSharding | None, *operands: Any
+) -> Any:
+    """Return run(*operands, shard) of each shard of the leaf.
+
+    The operands are a leaf's u, g, p, stored moments, scalars, and key. The results are sharded as
+    the operand `over`, and as what is stored. `sharding` is the leaf's on automatic axes, if known.
+    """
+    u = operands[0]
+    replaced = (operands[over], operands[3])
+    arrays, tree = jax.tree.flatten(operands)
+    written = jax.tree.leaves(_roles(replaced))
+    roles = jax.tree.leaves((_roles(operands[:4]), jax.tree.map(lambda _: "other", operands[4:])))
+    blocks = [storage.block_of(x) for moments in operands[3] for x in moments]
+    indices = [jnp.arange(n, dtype=jnp.uint32) for n in u.shape]
+
+    def local(shard: Shard, *arrays: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(run(*tree.unflatten(arrays), shard))
+
+    def whole(*arrays: jax.Array) -> list[jax.Array]:
+        return local(Shard(u.shape, [jnp.uint32(0)] * u.ndim), *arrays)
+
+    def split(mesh: Any, spec: P) -> tuple[Callable[..., Any], list[P], list[P]]:
+        """What each device runs, and how its operands and results are laid out."""
+        spec = fitting(mesh, spec, u.shape)
+        axes = [name for entry in spec for name in names(entry)]
+        last = names(spec[-1])
+        columns = u.shape[-1] // parts(mesh, last)
+        cut = last if any(columns % block for block in blocks) else ()
+
+        def part(*arrays: jax.Array) -> list[jax.Array]:
+            origin = [index[0] for index in arrays[-u.ndim :]]
+            shard = Shard(u.shape, origin, tuple(axes), tuple(cut))
+            return local(shard, *arrays[: -u.ndim])
+
+        layout = {"leaf": spec, "scales": P(*spec[:-1], None if cut else spec[-1]), "other": P()}
+        inputs = [layout[role] for role in roles] + [P(entry) for entry in spec]
+        return part, inputs, [layout[role] for role in written]
+
+    def mapped(mesh: Any, inputs: Any, outputs: Any, part: Any) -> Callable[..., Any]:
+        specs = {"in_specs": tuple(inputs), "out_specs": outputs}
+        return _without_derivative(jax.shard_map(part, mesh=mesh, check_vma=False, **specs))
+
+    typed = jax.typeof(u).sharding
+    if AxisType.Manual in typed.mesh.axis_types:
+        out = whole(*arrays)
+    elif AxisType.Explicit in typed.mesh.axis_types:
+        mesh = typed.mesh
+        part, inputs, outputs = split(mesh, typed.spec)
+        given = [
+            x if role == "leaf" else jax.reshard(x, NamedSharding(mesh, spec))
+            for x, role, spec in zip([*arrays, *indices], [*roles, *u.shape], inputs, strict=True)
+        ]
+        kept = jax.tree.leaves(replaced)  # whose types the results must have, for a scan
+        out = [
+            jax.reshard(x, jax.typeof(k).sharding)
+            for x, k in zip(mapped(mesh, inputs, outputs, part)(*given), kept, strict=True)
+        ]
+    elif sharding is not None:
+        part, inputs, outputs = split(sharding.mesh, sharding.spec)
+        out = mapped(sharding.mesh, inputs, outputs, part)(*arrays, *indices)
+    elif target_platform() == "tpu":  # on several devices JAX raises, and says to use shard_map
+        out = _without_derivative(whole)(*arrays)
+    else:
+        out = _partitioned(whole, split, u.ndim, roles, written)(*arrays, *indices)
+    return jax.tree.unflatten(jax.tree.structure(replaced), out)
+
+
+def _partitioned(
+    whole: Callable[..., Any], split: Callable[..., Any], ndim: int, roles: Any, written: Any
+) -> Callable[..., Any]:
+    """`whole`, for which the partitioner puts what `split` says. Under vmap it is `whole`."""
+
+    def unsplit(*arrays: jax.Array) -> Any:
+        return whole(*arrays[:-ndim])
+
+    def partition(mesh: Mesh, arguments: Any, result: Any) -> Any:
+        del result
+        part, inputs, outputs = split(mesh, arguments[0].sharding.spec)
+        inputs, outputs = ([NamedSharding(mesh, s) for s in specs] for specs in (inputs, outputs))
+        return mesh, part, outputs, tuple(inputs)
+
+    partitioned = custom_partitioning(unsplit)
+    partitioned.def_partition(partition, sharding_rule=_rule(ndim, roles, written))
+
+    @custom_vmap
+    def batched(*arrays: jax.Array) -> Any:
+        return partitioned(*arrays)
+
+    @batched.def_vmap
+    def _(size: int, mapped: Sequence[bool], *arrays: jax.Array) -> Any:
+        del size
+        out = jax.vmap(unsplit, [0 if m else None for m in mapped])(*arrays)
+        return out, [True] * len(out)
+
+    return _without_derivative(batched)
+
+
+def _without_derivative(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, whose derivative raises an error."""
+
+    @jax.custom_jvp
+    def underived(*arrays: jax.Array) -> Any:
+        return function(*arrays)
+
+    @underived.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise errors.no_derivative("is stepped in tiles")
+
+    return underived
+
+
+def _rule(ndim: int, roles: Sequence[str], written: Sequence[str]) -> str:
+    """Which axes of the operands are one, in the notation of custom_partitioning."""
+    axes = [f"i{k}" for k in range(ndim)]
+
+    def factors(k: int, role: str) -> str:
+        scales = [*axes[:-1], f"s{k}"] if role == "scales" else []
+        return " ".join({"leaf": axes, "scales": scales, "other": [f"o{k}"]}[role])
+
+    given = [factors(k, role) for k, role in enumerate(roles)]
+    # scales are operands and results in the same order
+    at = iter([k for k, role in enumerate(roles) if role == "scales"])
+    results = [factors(next(at) if role == "scales" else 0, role) for role in written]
+    return f"{', '.join([*given, *axes])} -> {', '.join(results)}"
+
+
+def _roles(tree: Any) -> Any:
+    """Return for each array of a leaf whether it is sharded as the leaf or as scales."""
+
+    def role(x: Any) -> Any:
+        return Blocks("leaf", "scales") if isinstance(x, Blocks) else "leaf"
+
+    return jax.tree.map(role, tree, is_leaf=lambda x: isinstance(x, Blocks))

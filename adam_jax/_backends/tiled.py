@@ -1,0 +1,239 @@
+"""A loop over tiles of a leaf, everything updated in place: temporaries of a tile, not of a leaf.
+
+The direction is written over the gradient, or the new parameter over the old. Each tile is read and
+computed inside a `lax.cond`: without that boundary XLA fuses reads of one buffer past writes of
+another and copies a whole buffer in each iteration. What is written goes through the loop as bits
+where it is bfloat16: XLA:CPU would convert all of it to float32 and back, for every tile.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from adam_jax import storage
+from adam_jax._backends import unaligned, xla
+from adam_jax._backends.per_shard import Shard, per_shard
+from adam_jax._backends.steps import Step, asked, finish
+from adam_jax.storage import Blocks
+
+
+def tile_size() -> int:
+    """Elements in a tile: on CPU what fits a core's cache, elsewhere what makes launches few."""
+    return 2**17 if jax.default_backend() == "cpu" else 2**23
+
+
+def run(
+    leaf: Callable[..., Step],
+    asks: Sequence[int],
+    over: int,
+    sharding: NamedSharding | None,
+    u: jax.Array,
+    *operands: Any,
+) -> Any:
+    """Run the step tile by tile, or in one piece if the leaf fits in a tile."""
+    if u.size <= tile_size():
+        return xla.run(leaf, asks, over, sharding, u, *operands)
+    return per_shard(functools.partial(_run, leaf, asks, over), over, sharding, u, *operands)
+
+
+def _run(
+    leaf: Callable[..., Step],
+    asks: Sequence[int],
+    over: int,
+    u: jax.Array,
+    g: jax.Array | None,
+    p: Any,
+    stored: Any,
+    scalars: jax.Array,
+    key: jax.Array | None,
+    shard: Shard,
+) -> Any:
+    """The step of what one device has of a leaf."""
+    if shard.cut:
+        return unaligned.run(leaf, u, g, p, stored, scalars, key, shard)
+    arrays = (u, g, p)
+    given = (arrays[over], stored)
+    # a row of a tile is a block, or as long where nothing is coded: random bits are keyed by rows
+    block = max([128, *(storage.block_of(x) for moments in stored for x in moments)])
+    grid = _Grid.of(u.shape, block)
+    before = _as_bits(given)
+    means: list[Sequence[jax.Array]] = []
+
+    def step(tile: _Tile, old: Any) -> Step:
+        target, stored = _as_given(tile.read(old), given)
+        parts = [target if k == over else tile.read(x) for k, x in enumerate(arrays)]
+        place = shard.place(*tile.rows_and_columns(), grid.lanes, grid.shape)
+        return leaf(*parts, stored, scalars, key, place)
+
+    def add(tile: _Tile, sums: Any) -> Any:
+        def new() -> Any:
+            xs = asked(step(tile, before), means)
+            return [jnp.sum(x) for x in tile.owned(xs, jax.tree.map(jnp.zeros_like, xs))]
+
+        return jax.tree.map(jnp.add, sums, tile.bounded(new))
+
+    def advance(tile: _Tile, old: Any) -> Any:
+        def new() -> Any:
+            known = iter(means)
+            new = finish(step(tile, old), lambda _: next(known))
+            return tile.owned(_as_bits(new), tile.read(old))
+
+        return tile.write(old, tile.bounded(new))
+
+    for count in asks:  # each mean takes a pass of its own, in which nothing is written
+        means.append(shard.mean(grid.loop(add, [jnp.zeros([], scalars.dtype)] * count)))
+    return _as_given(grid.loop(advance, before), given)
+
+
+def _as_bits(tree: Any) -> Any:
+    def bits(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.int16) if x.dtype == jnp.bfloat16 else x
+
+    return jax.tree.map(bits, tree)
+
+
+def _as_given(tree: Any, like: Any) -> Any:
+    def given(x: jax.Array, as_given: jax.Array) -> jax.Array:
+        same = x.dtype == as_given.dtype
+        return x if same else jax.lax.bitcast_convert_type(x, as_given.dtype)
+
+    return jax.tree.map(given, tree, like)
+
+
+class _Grid(NamedTuple):
+    """How a leaf is cut along one axis into tiles, and each tile seen as rows of blocks.
+
+    The tiles step by `step` and are `size` long. Where that is not the same, or does not divide the
+    axis, neighbours overlap, and an element is the tile's whose step it is in.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    step: int
+    size: int
+    block: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], block: int) -> _Grid:
+        """Tiles of about `tile_size` elements that cut no block."""
+        most = tile_size()
+        axis = next(k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= most)
+        if axis < len(shape) - 1:
+            step = _divisor(shape[axis], most // math.prod(shape[axis + 1 :]))
+            return cls(shape, axis, step, step, block)
+        step = min(shape[-1], most) // block * block or shape[-1]
+        return cls(shape, axis, step, min(step + shape[-1] % block, shape[-1]), block)
+
+    @property
+    def along(self) -> int:
+        """Tiles along the axis; the last may be longer than a step."""
+        return max(1, -(-(self.shape[self.axis] - (self.size - self.step)) // self.step))
+
+    @property
+    def lanes(self) -> int:
+        """Columns in a row of a tile: a block where blocks fit, else all that the tile has."""
+        width = self.size if self.axis == len(self.shape) - 1 else self.shape[-1]
+        return width if width % self.block else self.block
+
+    def loop(self, advance: Callable[[_Tile, Any], Any], state: Any) -> Any:
+        tiles = self.along * math.prod(self.shape[: self.axis])
+        return jax.lax.fori_loop(0, tiles, lambda i, s: advance(_Tile(self, i, tiles), s), state)
+
+
+def _divisor(n: int, most: int) -> int:
+    """A divisor of n that is not much below the most that fits; else the most."""
+    most = min(n, most)
+    return next((d for d in range(most, most // 2, -1) if n % d == 0), most)
+
+
+class _Tile(NamedTuple):
+    """The i-th tile of a grid, seen as a matrix with `lanes` columns."""
+
+    grid: _Grid
+    i: jax.Array
+    tiles: int
+
+    def _lead_and_start(self) -> tuple[jax.Array, jax.Array]:
+        """The index over the axes in front, raveled, and the first index along the axis."""
+        grid = self.grid
+        start = jnp.minimum(self.i % grid.along * grid.step, grid.shape[grid.axis] - grid.size)
+        return self.i // grid.along, start
+
+    def _slices(self, block: int) -> tuple[list[Any], list[int]]:
+        """Where the tile is in an array whose last axis is counted in blocks, and its shape."""
+        grid = self.grid
+        lead, start = self._lead_and_start()
+        starts: list[Any] = [*jnp.unravel_index(lead, grid.shape[: grid.axis])] if grid.axis else []
+        starts += [start] + [jnp.zeros_like(start)] * (len(grid.shape) - 1 - grid.axis)
+        sizes = [1] * grid.axis + [grid.size, *grid.shape[grid.axis + 1 :]]
+        return [*starts[:-1], starts[-1] // block], [*sizes[:-1], -(-sizes[-1] // block)]
+
+    def bounded(self, new: Callable[[], Any]) -> Any:
+        """new(), behind the boundary that keeps XLA from copying buffers."""
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(new))
+        return jax.lax.cond(self.i < self.tiles, new, lambda: nothing)
+
+    def read(self, tree: Any) -> Any:
+        rows = self._rows()
+
+        def part(x: jax.Array, block: int) -> jax.Array:
+            return jax.lax.dynamic_slice(x, *self._slices(block)).reshape(rows, -1)
+
+        return jax.tree.map(part, tree, _spans(tree))
+
+    def write(self, tree: Any, new: Any) -> Any:
+        def put(x: jax.Array, part: jax.Array, block: int) -> jax.Array:
+            starts, sizes = self._slices(block)
+            return jax.lax.dynamic_update_slice(x, part.reshape(sizes), starts)
+
+        return jax.tree.map(put, tree, new, _spans(tree))
+
+    def owned(self, new: Any, old: Any) -> Any:
+        """new where an element is this tile's, old where it is a neighbour's."""
+        grid = self.grid
+        length = grid.shape[grid.axis]
+        if grid.size == grid.step and length % grid.step == 0:
+            return new
+        first = self.i % grid.along * grid.step
+        last = jnp.where(self.i % grid.along == grid.along - 1, length, first + grid.step)
+
+        def choose(n: jax.Array, o: jax.Array, block: int) -> jax.Array:
+            sizes = self._slices(block)[1]
+            at = jax.lax.broadcasted_iota(jnp.int32, sizes, grid.axis)
+            if grid.axis == len(sizes) - 1:
+                at = at * block
+            at = (self._lead_and_start()[1] + at).reshape(n.shape)
+            return jnp.where((first <= at) & (at < last), n, o)
+
+        return jax.tree.map(choose, new, old, _spans(new))
+
+    def _rows(self) -> int:
+        return math.prod(self._slices(1)[1]) // self.grid.lanes
+
+    def rows_and_columns(self) -> tuple[jax.Array, jax.Array]:
+        """Where in the array the matrix's rows begin: its row, over all axes but the last."""
+        grid = self.grid
+        lead, start = self._lead_and_start()
+        per_row = self._slices(1)[1][-1] // grid.lanes  # rows of the matrix in a row of the tile
+        at = jax.lax.iota(jnp.int32, self._rows())[:, None]
+        if grid.axis == len(grid.shape) - 1:
+            return jnp.broadcast_to(lead, at.shape), start + at * grid.lanes
+        inner = math.prod(grid.shape[grid.axis + 1 : -1])
+        row = (lead * grid.shape[grid.axis] + start) * inner + at // per_row
+        return row, at % per_row * grid.lanes
+
+
+def _spans(tree: Any) -> Any:
+    """How many of the leaf's columns one column of each array stands for."""
+
+    def span(x: Any) -> Any:
+        return Blocks(1, storage.block_of(x)) if isinstance(x, Blocks) else 1
+
+    return jax.tree.map(span, tree, is_leaf=lambda x: isinstance(x, Blocks))

@@ -1,0 +1,177 @@
+"""State as Optax lays it out, and what can be read from it wherever it sits in a chain."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import chex
+import jax
+import optax
+
+from adam_jax import storage
+from adam_jax._util.numerics import arithmetic_dtype
+
+
+def _state_of(tx: optax.GradientTransformation) -> type[Any]:
+    """Return the class of a state, for which Optax exports no name, without running anything."""
+    return type(jax.eval_shape(tx.init, ()))
+
+
+RmsCounted = _state_of(optax.scale_by_rms(bias_correction=True))
+RStdDevCounted = _state_of(optax.scale_by_stddev(bias_correction=True))
+WeightDecaySchedule = _state_of(optax.add_decayed_weights(lambda count: 0.0))
+
+OPTAX_STATES: dict[type[Any], tuple[str, ...]] = {
+    optax.ScaleByAdamState: ("mu", "nu"),
+    optax.ScaleByAmsgradState: ("mu", "nu", "nu_max"),
+    optax.ScaleByBeliefState: ("mu", "nu"),
+    optax.ScaleByLionState: ("mu",),
+    optax.ScaleByAdanState: ("m", "v", "n", "g"),
+    optax.ScaleByRmsState: ("nu",),
+    RmsCounted: ("nu",),
+    optax.ScaleByRStdDevState: ("mu", "nu"),
+    RStdDevCounted: ("mu", "nu"),
+    optax.TraceState: ("trace",),
+    optax.contrib.ScaleByAdemamixState: ("m1", "m2", "nu"),
+    optax.contrib.ScaleBySimplifiedAdEMAMixState: ("m", "n"),
+}
+"""The moments among the fields of Optax's states; the other fields are step counts."""
+
+_DEFAULTS = {
+    ("mu",): optax.ScaleByLionState,
+    ("nu",): RmsCounted,
+    ("mu", "nu"): optax.ScaleByAdamState,
+    ("mu", "nu", "nu_max"): optax.ScaleByAmsgradState,
+}
+
+
+def state_class(moments: tuple[str, ...], counted: bool) -> type[Any]:
+    """A NamedTuple with these moments and a step count: Optax's own where it has one.
+
+    Without moments there is a count only where the rule needs it.
+    """
+    if not moments:
+        return optax.ScaleByScheduleState if counted else optax.EmptyState
+    return _DEFAULTS.get(moments) or _made(moments)
+
+
+@functools.cache
+def _made(moments: tuple[str, ...]) -> type[Any]:
+    made: Any = collections.namedtuple("ScaleByRuleState", ("count", *moments))
+    # pickle finds a class by its module and name, which a class made here does not have
+    made.__reduce__ = lambda self: (_remake, (moments, *self))
+    made._moments = moments  # no field's name begins with _
+    return made
+
+
+def _remake(moments: tuple[str, ...], *fields: Any) -> Any:
+    return _made(moments)(*fields)
+
+
+def moment_fields(state: Any) -> tuple[str, ...]:
+    """The names of the moments in one transformation's state; empty where it has none."""
+    return getattr(type(state), "_moments", OPTAX_STATES.get(type(state), ()))
+
+
+def count_fields(state: type[Any], moments: Iterable[str]) -> tuple[str, ...]:
+    """The fields of a state class that count steps: all that are no moments."""
+    return tuple(f for f in state._fields if f not in moments)
+
+
+def moments(state: chex.ArrayTree) -> dict[str, Any]:
+    """The moments in an optimizer's state as float32 trees, whatever they are stored in.
+
+    Args:
+      state: the state of an optimizer or of a chain around one, Optax's or ours; also
+        `nnx.Optimizer.opt_state`.
+
+    Returns:
+      {"mu": tree, "nu": tree} or whatever the variant carries, each with the parameters' structure
+      and shapes, in float32 (float64 and complex leaves keep their dtype).
+
+    Raises:
+      ValueError: the state holds no moments, or several of one name (at the paths shown).
+
+    >>> import adam_jax, jax.numpy as jnp
+    >>> tx = adam_jax.adamw(1e-3)
+    >>> adam_jax.moments(tx.init({"w": jnp.ones(2)}))["nu"]
+    {'w': Array([0., 0.], dtype=float32)}
+    """
+    found: dict[str, Any] = {}
+    places: dict[str, list[str]] = {}
+    for path, s in named_tuples(state):
+        for name in moment_fields(s):
+            found[name] = getattr(s, name)
+            at = jax.tree_util.keystr(
+                (*path, jax.tree_util.GetAttrKey(name)), simple=True, separator="/"
+            )
+            places.setdefault(name, []).append(at)
+    several = [at for paths in places.values() if len(paths) > 1 for at in paths]
+    if several or not found:
+        raise ValueError(
+            f"moments: the state holds {'no moments' if not found else 'several of a name'}"
+            f"{' (' + ', '.join(several) + ')' if several else ''}; "
+            f"pass the state of an optimizer that has some, or of one, e.g. state[0]"
+        )
+    return {name: _read(moment) for name, moment in found.items()}
+
+
+def step_count(state: chex.ArrayTree) -> jax.Array:
+    """The number of steps that an optimizer has made, from the state of any chain around it.
+
+    Args:
+      state: a state with a step count anywhere inside; also `nnx.Optimizer.opt_state`.
+
+    Returns:
+      an int32 scalar: the count beside the moments, or a schedule's where the moments have none.
+
+    Raises:
+      ValueError: nothing in the state counts steps.
+
+    >>> import adam_jax, jax.numpy as jnp
+    >>> int(adam_jax.step_count(adam_jax.adam(1e-3).init({"w": jnp.ones(2)})))
+    0
+    """
+    states = [s for _, s in named_tuples(state)]
+    beside = [s for s in states if moment_fields(s)]
+    for s in (*beside, *states):
+        counts = [f for f in getattr(s, "_fields", ()) if f in ("count", "t", "step_count")]
+        if counts:
+            return jax.tree.leaves(getattr(s, counts[0]))[0]  # nnx keeps it in a Variable
+    raise ValueError(
+        "step_count: nothing in this state counts steps (plain sgd does not); "
+        "count them in the training loop, or use optax.inject_hyperparams"
+    )
+
+
+def named_tuples(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """The NamedTuples in a state with their paths, outermost first; none from inside moments."""
+    found = []
+
+    def visit(path: tuple[Any, ...], node: Any) -> bool:
+        if hasattr(node, "_fields"):
+            found.append((path, node))
+        return bool(moment_fields(node))
+
+    jax.tree_util.tree_flatten_with_path(state, is_leaf=visit, is_leaf_takes_path=True)
+    return found
+
+
+def stored_moments(state: Any) -> Iterator[tuple[str, Any]]:
+    """The name of every moment in a state with what is stored of it."""
+    for _, s in named_tuples(state):
+        for name in moment_fields(s):
+            yield name, getattr(s, name)
+
+
+def _read(moment: Any) -> Any:
+    """A moment's tree as it is computed with."""
+
+    def read(stored: Any) -> jax.Array:
+        return storage.decode(stored, arithmetic_dtype(*storage.dtypes(stored)))
+
+    tree = moment.codes if isinstance(moment, storage.Blocks) else moment
+    return storage.with_leaves(tree, [read(x) for x in storage.leaves(moment).values()])

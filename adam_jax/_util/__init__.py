@@ -1,0 +1,1 @@
+"""What every other package builds on: numerics, declarations, errors, paths, partition specs."""

@@ -1,0 +1,1 @@
+"""The command line, `python -m adam_jax`, with its demo and tasks."""

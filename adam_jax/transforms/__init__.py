@@ -1,0 +1,1 @@
+"""What goes around an optimizer: chains, wrappers, groups, master weights, sharding."""

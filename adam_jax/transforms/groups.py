@@ -1,0 +1,121 @@
+"""Parameter groups by path, as PyTorch's users know them, on top of `optax.partition`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import chex
+import optax
+
+from adam_jax._engine.transformation import Transformation, made_of, told
+from adam_jax._util import errors
+from adam_jax._util.paths import leaves_with_path, map_with_path, path_string
+
+Settings = Mapping[str, Any] | str | optax.GradientTransformation
+
+
+def groups(
+    constructor: Callable[..., optax.GradientTransformation],
+    patterns: Mapping[str, Settings],
+    **shared: Any,
+) -> Transformation:
+    """One optimizer whose settings differ between groups of parameters.
+
+    Args:
+      constructor: what makes each group's optimizer, such as `adamw` or `tunable(adamw)`.
+      patterns: for each regular expression, searched in paths such as "layers/0/kernel", what holds
+        for the leaves that it finds: arguments that differ from the shared ones, among them
+        `learning_rate_factor`, by which the shared learning rate (or its schedule) is multiplied;
+        "frozen"; or another Optax transformation.
+      **shared: the constructor's arguments, which also hold for all leaves that no pattern finds.
+
+    Returns:
+      an Optax transformation; its state is `optax.partition`'s, with the patterns and "default" for
+      labels.
+
+    Raises:
+      TypeError: the constructor is a transformation, or patterns are no mapping.
+      ValueError: at init, a pattern finds no leaf, or two find the same one; a setting is unknown.
+
+    >>> import adam_jax, jax.numpy as jnp
+    >>> tx = groups(
+    ...     adam_jax.adamw,
+    ...     {r"bias|norm": dict(weight_decay=0.0), r"^head/": dict(learning_rate_factor=0.1)},
+    ...     learning_rate=1e-3,
+    ...     weight_decay=0.1,
+    ... )
+    >>> state = tx.init({"head": {"kernel": jnp.ones((2, 2))}, "norm": jnp.ones(2)})
+    """
+    with errors.naming("groups"):
+        errors.maker(constructor, "groups(adam_jax.adamw, {...}, learning_rate=1e-3)")
+        errors.mapping("patterns", patterns, "{'bias': {'weight_decay': 0.0}}")
+    parts: dict[Any, optax.GradientTransformation] = {
+        p: _optimizer(constructor, p, s, shared) for p, s in patterns.items()
+    }
+    parts["default"] = constructor(**shared)
+
+    def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
+        return map_with_path(lambda path, _: _label(path_string(path), patterns), tree)
+
+    partitioned = optax.partition(parts, labels)
+
+    def init(params: optax.Params) -> optax.OptState:
+        paths = [path_string(p) for p, _ in leaves_with_path(params)]
+        for pattern in patterns:
+            if paths and not any(re.search(pattern, path) for path in paths):
+                raise ValueError(
+                    f"groups: {pattern!r} matches no parameter; the paths are {_some(paths)}"
+                )
+        return partitioned.init(params)
+
+    text = f"groups({', '.join(f'{p!r}: {told(tx)}' for p, tx in parts.items())})"
+    return made_of(parts, init, partitioned.update, text)
+
+
+def _optimizer(
+    constructor: Callable[..., Any], pattern: str, settings: Settings, shared: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"groups: {pattern!r} is not a regular expression ({error})") from None
+    if errors.is_transformation(settings):
+        return cast(optax.GradientTransformation, settings)
+    if settings == "frozen":
+        return optax.set_to_zero()
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            f"groups: the settings of {pattern!r} must be a mapping of arguments, 'frozen' or an "
+            f"Optax transformation, got {settings!r}"
+        )
+    own: dict[str, Any] = dict(settings)
+    factor = own.pop("learning_rate_factor", None)
+    if factor is not None:
+        if "learning_rate" in own or "learning_rate" not in shared:
+            raise ValueError(
+                f"groups: {pattern!r} has a learning_rate_factor, which multiplies the shared "
+                f"learning_rate; give groups(..., learning_rate=) and no learning_rate of its own"
+            )
+        own["learning_rate"] = _scaled(shared["learning_rate"], factor)
+    return constructor(**{**shared, **own})
+
+
+def _scaled(rate: Any, factor: Any) -> Any:
+    return (lambda count: factor * rate(count)) if callable(rate) else factor * rate
+
+
+def _label(path: str, patterns: Mapping[str, Settings]) -> str:
+    found = [p for p in patterns if re.search(p, path)]
+    if len(found) > 1:
+        raise ValueError(
+            f"groups: {path!r} is claimed by {_some(map(repr, found))}; make the patterns exclude "
+            f"each other, e.g. with ^, $ or (?!...)"
+        )
+    return found[0] if found else "default"
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,216 @@
+"""Hyperparameters in the state: read them, log them, change them between steps."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax._engine.apply import step
+from adam_jax._engine.state import named_tuples
+from adam_jax._engine.transformation import Transformation, made_of
+from adam_jax._util import errors
+from adam_jax._util.numerics import decay_rate
+from adam_jax._util.paths import path_string
+
+P = ParamSpec("P")
+
+
+class TunableState(NamedTuple):
+    """The state of a `tunable` optimizer."""
+
+    count: jax.Array  # type: ignore[assignment]  # tuple has a method of that name
+    hyperparams: dict[str, jax.Array]
+    """Each hyperparameter as the last step used it."""
+    set_to: dict[str, jax.Array]
+    """What it was set to."""
+    is_set: dict[str, jax.Array]
+    """Whether that overrides what the constructor was given."""
+    inner_state: optax.OptState
+
+
+def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[P, Transformation]:
+    """The constructor of an optimizer whose state carries its hyperparameters.
+
+    Every number, scalar array and schedule among the arguments can be read with `get_hyperparams`
+    and changed with `set_hyperparams`, without a new trace. What a moment starts at cannot.
+
+    Args:
+      constructor: one of ours, such as `adamw`, or one that takes our names for its numbers.
+
+    Returns:
+      a constructor with the same arguments. Its state is `TunableState`, around that of the
+      optimizer.
+
+    >>> import adam_jax, jax.numpy as jnp
+    >>> tx = tunable(adam_jax.adamw)(1e-3, weight_decay=0.1)
+    >>> state = tx.init({"w": jnp.ones(2)})
+    >>> state = set_hyperparams(state, learning_rate=5e-4)
+    >>> round(float(get_hyperparams(state)["learning_rate"]), 6)
+    0.0005
+    """
+    with errors.naming("tunable"):
+        errors.maker(constructor, "tunable(adam_jax.adamw)(1e-3)")
+    signature, plain = inspect.signature(constructor), errors.name_of(constructor)
+    name = f"tunable({plain})"
+
+    @functools.wraps(constructor)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Transformation:
+        with errors.naming(name):
+            bound = errors.arguments(signature, args, kwargs)
+            example = constructor(*args, **kwargs)  # so that bad arguments raise here
+        bound.apply_defaults()
+        given = {k: v for k, v in bound.arguments.items() if _is_tunable(k, v)}
+
+        def inner(values: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+            arguments = inspect.BoundArguments(signature, bound.arguments | values)  # type: ignore
+            return optax.with_extra_args_support(constructor(*arguments.args, **arguments.kwargs))
+
+        def init(params: optax.Params) -> TunableState:
+            count = jnp.zeros([], jnp.int32)
+            zeros = {k: jnp.zeros([], jnp.float32) for k in given}
+            unset = {k: jnp.zeros([], jnp.bool_) for k in given}
+            values = _effective(given, zeros, unset, count)
+            state = inner(values).init(params)
+            return TunableState(count, _numbers(values), zeros, unset, state)
+
+        def update(
+            updates: optax.Updates,
+            state: Any,
+            params: optax.Params | None,
+            extra: Mapping[str, Any],
+            *,
+            emit_params: bool,
+        ) -> tuple[optax.Updates, TunableState]:
+            values = _effective(given, state.set_to, state.is_set, state.count)
+            updates, new = step(
+                inner(values), updates, state.inner_state, params, extra, emit_params=emit_params
+            )
+            count: Any = optax.safe_increment(state.count)
+            return updates, state._replace(
+                count=count, hyperparams=_numbers(values), inner_state=new
+            )
+
+        named = errors.naming(name)
+        text = repr(example).replace(plain, name, 1)
+        return made_of((), named(init), named(update), text, emits_params=True)
+
+    return make
+
+
+STARTS = ("initial_scale", "initial_accumulator_value")
+
+
+def _is_tunable(name: str, value: Any) -> bool:
+    return name not in STARTS and value is not None and errors.allowed(name) is not None
+
+
+def _effective(
+    given: Mapping[str, Any], set_to: Mapping[str, Any], is_set: Mapping[str, Any], count: Any
+) -> dict[str, Any]:
+    """The values of a step: what was set, else what was given. Decay rates keep their digits."""
+    values = {}
+    for name, value in given.items():
+        value, other = value(count) if callable(value) else value, set_to[name]
+        if errors.is_decay_rate(name):
+            value, other = decay_rate(value), decay_rate(other)
+        choose = functools.partial(_choose, is_set[name])
+        values[name] = jax.tree.map(choose, value, other)
+    return values
+
+
+def _choose(is_set: jax.Array, given: Any, other: Any) -> jax.Array:
+    return jnp.where(is_set, other, jnp.asarray(given, jnp.float32))
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(getattr(value, "value", value)) for name, value in values.items()}
+
+
+def get_hyperparams(state: chex.ArrayTree, *, group: str | None = None) -> dict[str, jax.Array]:
+    """The hyperparameters that the last step used, or the first will use.
+
+    Args:
+      state: the state of a `tunable` optimizer, also inside chains, masks, `groups`; or
+        `nnx.Optimizer.opt_state`.
+      group: which, where there are `groups`: its pattern, or "default".
+
+    Returns:
+      float32 scalars by name. A schedule's value is that of the last step.
+
+    Raises:
+      ValueError: the state has no hyperparameters, or those of several groups.
+    """
+    found = _find("get_hyperparams", state, group)
+    return {k: jax.tree.leaves(v)[0] for k, v in found.hyperparams.items()}
+
+
+def set_hyperparams(
+    state: chex.ArrayTree, *, group: str | None = None, **values: chex.Numeric | None
+) -> chex.ArrayTree:
+    """The state with other hyperparameters from the next step on.
+
+    Args:
+      state: the state of a `tunable` optimizer; see `get_hyperparams`.
+      group: which, where there are `groups`.
+      **values: numbers or scalar arrays by name. One overrides its schedule until it is set to
+        None, which brings back what the constructor was given.
+
+    Returns:
+      a new state.
+
+    Raises:
+      ValueError: a number is out of range; the state has no hyperparameters, or several groups'.
+      TypeError: there is no hyperparameter of that name, or a value is no number.
+    """
+    found = _find("set_hyperparams", state, group)
+    with errors.naming("set_hyperparams"):
+        errors.known_hyperparams(values, found.set_to)
+        for name, value in values.items():
+            if value is not None:
+                errors.not_a_schedule(name, value)
+                errors.argument(name, value)
+
+    def put(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+        return old | {
+            k: jax.tree.map(lambda x, v=v: jnp.asarray(v, x.dtype), old[k]) for k, v in new.items()
+        }
+
+    def replace(node: Any) -> Any:
+        if node is not found:
+            return node
+        numbers = {k: v for k, v in values.items() if v is not None}
+        return node._replace(
+            hyperparams=put(node.hyperparams, numbers),
+            set_to=put(node.set_to, numbers),
+            is_set=put(node.is_set, {k: v is not None for k, v in values.items()}),
+        )
+
+    return jax.tree.map(replace, state, is_leaf=lambda x: isinstance(x, TunableState))
+
+
+def _find(caller: str, state: Any, group: str | None) -> TunableState:
+    """The one tunable state that is meant."""
+    found = {}
+    for path, s in named_tuples(state):
+        if isinstance(s, TunableState):
+            labels = [str(getattr(key, "key", "")) for key in path]
+            if group is None or group in labels:
+                found[path_string(path) or "the state"] = s
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise ValueError(
+            f"{caller}: the state has hyperparameters at {', '.join(found)}; name the group"
+        )
+    raise ValueError(
+        f"{caller}: the state has no hyperparameters"
+        + (f" of a group {group!r}" if group else "")
+        + "; make the optimizer with tunable, e.g. tunable(adam_jax.adamw)(1e-3)"
+    )

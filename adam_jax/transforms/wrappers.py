@@ -1,0 +1,137 @@
+"""Wrappers around any direction, ours or Optax's, that look at it beside the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax import rules
+from adam_jax._engine.chain import Chain, lift, link
+from adam_jax._engine.transformation import (
+    Transformation,
+    made_of,
+    parts,
+    source_of,
+    told,
+    with_repr,
+)
+from adam_jax._util import errors
+from adam_jax._util.declare import Rule
+from adam_jax.optimizers._directions import scale_by_rule
+from adam_jax.storage import Storage
+from adam_jax.transforms.chain import chain
+
+
+def cautious(tx: optax.GradientTransformation) -> Transformation:
+    """Drops what of a direction points against the gradient, and rescales the rest.
+
+    u·φ / max(mean φ, 1e-3) with φ = 1 where u·g > 0, leaf by leaf. The state is that of `tx`.
+    Source: Liang et al. (2024), Cautious Optimizers: Improving Training with One Line of Code.
+
+    Args:
+      tx: a direction, such as `scale_by_adam()`: what is to be multiplied by the learning rate.
+
+    Raises:
+      ValueError: tx is a finished optimizer, whose updates point against the gradient.
+
+    >>> import optax, adam_jax
+    >>> tx = optax.chain(cautious(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))
+    """
+    return _follow(tx, rules.cautious)
+
+
+def grams(tx: optax.GradientTransformation) -> Transformation:
+    """Gives a direction's sizes the gradient's signs: sign(g)·|u|. The state is that of `tx`.
+
+    Source: Cao et al. (2024), Grams: Gradient Descent with Adaptive Momentum Scaling.
+
+    Args:
+      tx: a direction, such as `scale_by_adam()`.
+
+    Raises:
+      ValueError: tx is a finished optimizer, whose updates point against the gradient.
+
+    >>> import optax, adam_jax
+    >>> tx = optax.chain(grams(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))
+    """
+    return _follow(tx, rules.grams)
+
+
+def mars(
+    tx: optax.GradientTransformation,
+    gamma: chex.Numeric = 0.025,
+    b1: chex.Numeric = 0.95,
+    *,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Hands a direction a variance-reduced gradient: g + γ·b1/(1 - b1)·(g - g_prev).
+
+    It is clipped to norm 1 leaf by leaf. This is the paper's approximate form: g_prev is the last
+    batch's gradient, not this batch's at the last parameters. It starts at 0, as in the authors'
+    code. The state is (its own with g_prev, that of `tx`).
+    Source: Yuan et al. (2024), MARS: Unleashing the Power of Variance Reduction, Algorithm 2.
+
+    Args:
+      tx: a direction or an optimizer.
+      gamma: ≥ 0, how much of the variance is taken away.
+      b1: decay rate of the momentum in tx, in [0, 1).
+
+    >>> import adam_jax
+    >>> tx = mars(adam_jax.adamw(3e-3, b1=0.95, b2=0.99))
+    """
+    given: dict[str, Any] = {"gamma": gamma, "b1": b1}
+    with errors.naming("mars"):
+        errors.transformation("tx", tx, "mars(tx)")
+        errors.argument("gamma", gamma)
+    corrected = scale_by_rule(rules.mars, storage=storage, implementation=implementation, **given)
+    return with_repr(chain(corrected, tx), f"mars({tx!r}, gamma={gamma}, b1={b1})")
+
+
+def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
+    with errors.naming(rule.name):
+        errors.transformation("tx", tx, f"{rule.name}(tx)")
+    if any(rules.descend is each.rule for each in parts(tx)) or _descends(tx):
+        errors.finished(rule.name, told(tx))
+    inner = optax.with_extra_args_support(tx)
+    follower = lift([link(rule, {})], "auto", rule.name, bare=True)
+    follow: Any = follower.update
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        direction, state = inner.update(updates, state, params, **extra)
+        empty = optax.EmptyState()
+        out, _ = follow.function(direction, empty, None, {}, emit_params=False, grads=updates)
+        return out, state
+
+    return made_of((tx, follower), tx.init, update, f"{rule.name}({tx!r})")
+
+
+def _descends(tx: optax.GradientTransformation) -> bool:
+    """Whether the updates of a transformation point against the gradient.
+
+    One of Optax's can't be looked into, so two steps of a scalar find out; the first update of some
+    is 0, at the start of a warmup for example. What fails here, or is traced, is taken for a
+    direction: it may be made for another tree, and its own errors come at init.
+    """
+    if isinstance(source_of(tx), Chain):  # whose links say what they are
+        return False
+
+    def two_updates(one: jax.Array) -> Any:
+        first, state = tx.update(one, tx.init(one), one)
+        return first, tx.update(one, state, one)[0]
+
+    try:
+        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+            first, second = map(float, jax.jit(two_updates)(jnp.float32(1)))
+    except Exception:
+        return False
+    return (first or second) < 0
