@@ -5,11 +5,14 @@ multiplies and the parameter loses, and the new moments. t counts steps from 1. 
 moments transform a direction: they make the rest of an optimizer.
 """
 
+# pyright: standard, reportMissingParameterType=false
+# formulas have no types, as in a paper: numbers and arrays in, arrays out
+
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from adam_jax._util.declare import Rule, positive, rule, running_max, signed
+from adam_jax._util.declare import Moment, Rule, positive, rule, running_max, signed
 from adam_jax._util.numerics import (
     abs_sq,
     averaging_length,
@@ -21,7 +24,7 @@ from adam_jax._util.numerics import (
     sqrt,
 )
 
-average_square = positive.at_least(least_square)
+average_square: Moment = positive.at_least(least_square)
 """An average of squared gradients, beside an average mu of the gradients themselves."""
 
 
@@ -243,8 +246,8 @@ def adam_atan2(g, mu, nu, *, t, b1, b2, a, b):
     return a * jnp.arctan2(m, jnp.where(at_rest, 1, b * root)), mu, nu
 
 
-@rule(factor=lambda mean_sq: 1 / jnp.maximum(1, sqrt(mean_sq)), mu=signed, nu=average_square)
-def stable_adamw(g, mu, nu, *, t, b1, b2, eps):
+@rule(mu=signed, nu=average_square)
+def stable_adamw(g, mu, nu, *, mean, t, b1, b2, eps):
     """Wortsman et al. (2023), Algorithm 2: Adam, slowed where g² outgrows nu.
 
     The direction is divided by max(1, RMS) with RMS² the mean of g²/max(v̂, ε²) over the leaf.
@@ -252,8 +255,8 @@ def stable_adamw(g, mu, nu, *, t, b1, b2, eps):
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
     root = sqrt(debias(nu, b2, t))
-    u = debias(mu, b1, t) / (root + eps)
-    return (u, abs_sq(g / jnp.maximum(root, eps))), mu, nu
+    rms = sqrt(mean(abs_sq(g / jnp.maximum(root, eps))))
+    return debias(mu, b1, t) / (root + eps) / jnp.maximum(1, rms), mu, nu
 
 
 @rule(mu=signed)
@@ -355,11 +358,11 @@ def decay_proximal(u, *, p, weight_decay, learning_rate):
     return (u + weight_decay * p) / (1 + learning_rate * weight_decay)
 
 
-@rule(factor=lambda share: 1 / jnp.maximum(share, 1e-3))
-def cautious(u, *, g):
+@rule()
+def cautious(u, *, g, mean):
     """Liang et al. (2024), Algorithm 1: drop what points against the gradient, rescale the rest."""
     agrees = (u * g > 0).astype(u.dtype)
-    return u * agrees, agrees
+    return u * agrees / jnp.maximum(mean(agrees), 1e-3)
 
 
 @rule()
@@ -368,24 +371,23 @@ def grams(u, *, g):
     return jnp.sign(g) * jnp.abs(u)
 
 
-@rule(
-    factor=lambda p_sq, u_sq: jnp.where(
-        (p_sq > 0) & (u_sq > 0), sqrt(p_sq / jnp.maximum(u_sq, 1e-37)), 1
-    )
-)
-def trust_ratio(u, *, p):
+@rule()
+def trust_ratio(u, *, p, mean):
     """You et al. (2020), LAMB, Algorithm 2 φ the identity: u·‖p‖/‖u‖, or u where either is 0."""
-    return u, abs_sq(p), abs_sq(u)
+    p_sq, u_sq = mean(abs_sq(p), abs_sq(u))
+    ratio = sqrt(p_sq / jnp.maximum(u_sq, 1e-37))
+    return u * jnp.where((p_sq > 0) & (u_sq > 0), ratio, 1)
 
 
-@rule(g_prev=signed, factor=lambda sq: 1 / jnp.maximum(1, sqrt(sq)))
-def mars(g, g_prev, *, gamma, b1, size):
+@rule(g_prev=signed)
+def mars(g, g_prev, *, mean, gamma, b1, size):
     """Yuan et al. (2024), MARS, Algorithm 2 (approximate): a variance-reduced gradient.
 
     Clipped to norm 1 per leaf. g_prev starts at 0, as in the authors' code.
     """
     c = g + gamma * b1 / (1 - b1) * (g - g_prev)
-    return (c, abs_sq(c) * size), g
+    norm = sqrt(mean(abs_sq(c)) * size)
+    return c / jnp.maximum(1, norm), g
 
 
 @rule(z=signed)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import chex
 import jax
 import jax.numpy as jnp
 
 from adam_jax._util import errors
 from adam_jax._util.numerics import Decay, decay_rate
+from adam_jax._util.typing import (
+    DecayRate,
+    DecayRateOrSchedule,
+    Numeric,
+    PyTree,
+    ScalarOrSchedule,
+)
 
 
-def ademamix_warmup(b1: chex.Numeric, b3: Any, alpha: Any, steps: int | None) -> tuple[Any, Any]:
+def ademamix_warmup(
+    b1: DecayRate, b3: DecayRateOrSchedule, alpha: ScalarOrSchedule, steps: int | None
+) -> tuple[DecayRateOrSchedule, ScalarOrSchedule]:
     """AdEMAMix's warmups: alpha from 0, and b3 from b1 so that its half-life grows linearly.
 
     Source: Pagliardini et al. (2024), section 3 and appendix A.1.
@@ -37,15 +43,17 @@ def ademamix_warmup(b1: chex.Numeric, b3: Any, alpha: Any, steps: int | None) ->
     errors.not_a_schedule("b3", b3)
     errors.not_a_schedule("alpha", alpha)
     dtype = jnp.result_type(float)
-    start, end = (jnp.asarray(decay_rate(b).log, dtype) for b in (b1, b3))
+    rates: tuple[PyTree, PyTree] = (b1, b3)
+    start, end = (jnp.asarray(decay_rate(b).log, dtype) for b in rates)
+    final: PyTree = alpha
 
-    def share(count: Any) -> jax.Array:
+    def share(count: Numeric) -> jax.Array:
         return jnp.minimum(jnp.asarray(count, dtype) / steps, 1)
 
-    def slow_rate(count: Any) -> Any:
+    def slow_rate(count: Numeric) -> Decay:
         # log b is minus the inverse of the memory's length, and the length is interpolated
         s = share(count)
         log = start * end / ((1 - s) * end + s * start)
         return Decay(jnp.exp(log), log, -jnp.expm1(log))
 
-    return slow_rate, lambda count: share(count) * alpha
+    return slow_rate, lambda count: share(count) * final

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import adam_jax
-from adam_jax.storage import CODES, FORMATS, Code, Format, _int8
+from adam_jax.storage import FORMATS, Code, Format, _int8
+from adam_jax.storage._formats import code_of
 from benchmarks import report
 
 Curve = tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]
@@ -134,14 +135,15 @@ def row(name: str) -> dict[str, str]:
 def main() -> None:
     rows = []
     for name, format in tqdm(CANDIDATES.items()):
-        before = dict(CODES)
+        before = dict(FORMATS)
+        FORMATS.clear()  # several candidates have codes of int8
         FORMATS[name] = format
-        CODES.update({jnp.dtype(code.dtype): code for code in format})
+        code_of.cache_clear()
         jax.clear_caches()
         rows.append(row(name))
-        CODES.clear()
-        CODES.update(before)
-        del FORMATS[name]
+        FORMATS.clear()
+        FORMATS.update(before)
+        code_of.cache_clear()
     report.write("codes", rows)
 
 

@@ -1,7 +1,7 @@
 """On paper: bytes on each device, and those it sends in a step, for each way to spread a model.
 
-docs/devices.md shows the table; tests/test_processes.py holds the formulas against real programs at
-small sizes. python -m benchmarks.devices
+docs/devices.md shows the table; tests/transforms/test_processes.py holds the formulas against real
+programs at small sizes. python -m benchmarks.devices
 """
 
 from __future__ import annotations

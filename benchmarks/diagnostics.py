@@ -59,7 +59,8 @@ def main() -> None:
     rows = []
     for storage in ("float32", "int8"):
         tx = adam_jax.chain(
-            optax.clip_by_global_norm(1.0), adam_jax.adamw(1e-3, weight_decay=0.1, storage=storage)
+            adam_jax.clip_by_global_norm(1.0),
+            adam_jax.adamw(1e-3, weight_decay=0.1, storage=storage),
         )
         wholes = {name: Run(make(tx), trains=True) for name, make in MAKERS.items()}
         bare = {name: Run(make(tx), trains=False) for name, make in MAKERS.items()}

@@ -29,7 +29,8 @@ MAKERS: dict[str, Callable[[], Any]] = {
     **{
         f"adam_jax {storage}": functools.partial(
             lambda storage: adam_jax.chain(
-                CLIP, adam_jax.adamw(1e-3, weight_decay=0.1, storage=storage)
+                adam_jax.clip_by_global_norm(1.0),
+                adam_jax.adamw(1e-3, weight_decay=0.1, storage=storage),
             ),
             storage,
         )

@@ -94,7 +94,7 @@ def _rest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 WRAPPERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "chain": lambda tx, mesh: adam_jax.chain(optax.clip_by_global_norm(1.0), tx),
+    "chain": lambda tx, mesh: adam_jax.chain(adam_jax.clip_by_global_norm(1.0), tx),
     "optax.chain": lambda tx, mesh: optax.chain(optax.clip_by_global_norm(1.0), tx),
     "record": lambda tx, mesh: adam_jax.diagnostics.record(tx, every=1),
     "master_weights(32)": lambda tx, mesh: adam_jax.master_weights(tx, bits=32),
@@ -220,9 +220,14 @@ class Composition:
         dtypes = [leaf.dtype for leaf in self.leaves.values()]
         optaxs = {*LOW_PRECISION, *OUTERMOST, "optax.chain"} & {*self.wrappers}
         mixes = self.gradient_dtype is not None or "complex64" in dtypes
-        if {"chain", "groups"} <= {*self.wrappers}:  # Optax's own clipping sums mixed dtypes
+        if self.clips_as_optax():
             mixes = mixes or len({*dtypes}) > 1
         return "standard" if mixes or optaxs else "strict"
+
+    def clips_as_optax(self) -> bool:
+        """Return whether Optax clips, in the dtypes of the gradients, and not the step itself."""
+        apart = {"groups", "tunable"} & {*self.wrappers} or self.optimizer == "schedule_free_adamw"
+        return "optax.chain" in self.wrappers or ("chain" in self.wrappers and bool(apart))
 
     def stores_complex_as_real(self) -> bool:
         storage = self.arguments.get("storage")
@@ -231,7 +236,7 @@ class Composition:
 
     def rounding(self) -> float:
         """Return the relative error of what is rounded in a step, beside the state's own."""
-        if "optax.chain" in self.wrappers:  # clips in the dtypes of the gradients
+        if self.clips_as_optax():
             return self.rounding_of_gradients()
         return 2.0**-15 if "master_weights(24)" in self.wrappers else 0.0
 
@@ -306,18 +311,18 @@ SHAPES = [
 ]
 """Of every kind: without axes, without elements, odd, of several blocks, cut by a shard's edge."""
 
-MESHES = [None, None, "auto", "explicit"]
 DTYPES = ["float32", "float32", "bfloat16", "bfloat16", "float16", "complex64"]
 NAMES = ["kernel", "bias", "value", "scale"]
 
 
 @st.composite
-def compositions(draw: st.DrawFn, thorough: bool = False) -> Composition:
-    """Draw a composition that the documentation allows; if thorough, of slow parts, too."""
+def compositions(draw: st.DrawFn, devices: int, thorough: bool = False) -> Composition:
+    """Draw a composition for so many devices; if thorough, of slow parts, too."""
     name = draw(st.sampled_from([entry.name for entry in adam_jax.catalogue()]))
-    container = draw(st.sampled_from(list(CONTAINERS)))
-    meshes = {"no leaves": [None], "linen boxes": [None, "auto"]}.get(container, MESHES)
-    mesh = draw(st.sampled_from(meshes))
+    containers = [c for c in CONTAINERS if devices == 1 or c != "no leaves"]
+    container = draw(st.sampled_from(containers))
+    kinds = ["auto"] if container == "linen boxes" else ["auto", "explicit"]
+    mesh = None if devices == 1 else draw(st.sampled_from(kinds))
     leaves = draw(_leaves(real=name in REAL_ONLY))
     is_complex = any(leaf.dtype == "complex64" for leaf in leaves.values())
     wrappers = draw(_wrappers(mesh, container, is_complex))

@@ -1,4 +1,4 @@
-"""A plain float64 twin of every rule: one step, one array, direction only, as the papers write it.
+"""Every rule in plain float64: one step, one array, direction only, as the papers write it.
 
     u, s = adam(g, s, t=t)      # s is {} before the first step; t counts from 1
     p = p - learning_rate * u
@@ -8,8 +8,8 @@ missing from s starts at zero (Yogi and RMSprop say otherwise); s is never writt
 or complex128; second moments use |g|^2, so they are real.
 
 "Checked" gives the largest difference of u from another implementation over 60 steps of the
-gradients in test_reference.py, relative to 1 + |u|, in float64. "Once, by hand" was a released
-package that the tests do not install: pytorch_optimizer 4.1.0, schedulefree 1.4.1,
+gradients in optimizers/test_reference.py, relative to 1 + |u|, in float64. "Once, by hand" was a
+released package that the tests do not install: pytorch_optimizer 4.1.0, schedulefree 1.4.1,
 adam-atan2-pytorch 0.4.1, torch-optimi 0.3.3.
 """
 

@@ -48,7 +48,7 @@ def hoist(closed: Any, small: int, drop: Collection[str]) -> Halves:
     handed = [v for v in known if v in needed and v not in made]
     for v in handed:
         if v.aval.shape:
-            raise NotImplementedError(f"a kernel cannot hold an array of its own: {v.aval}")
+            raise NotImplementedError(f"a kernel can't hold an array of its own, got {v.aval}")
 
     before = jaxpr.replace(invars=same, outvars=handed, eqns=front[::-1])
     eqns, outvars = _without(drop, rest[::-1], jaxpr.outvars)

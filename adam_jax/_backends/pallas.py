@@ -3,8 +3,8 @@
 Each tile is read once and written once, over what was read. Triton compiles the kernel on GPUs and
 Mosaic on TPUs; on CPUs it is interpreted, which is slow and for tests. Only the kernel of the
 platform that a program is traced for is traced, and only a GPU's imports Pallas on Triton, which
-jax 0.12 deprecates; `triton.py` keeps its warning from users. `import adam_jax` and steps without a
-kernel import no part of Pallas.
+jax 0.12 deprecates; `kernel_call.py` keeps its warning from users. `import adam_jax` and steps
+without a kernel import no part of Pallas.
 """
 
 from __future__ import annotations
@@ -18,15 +18,27 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 
-from adam_jax import storage
 from adam_jax._backends import tiled, tiles, unaligned
 from adam_jax._backends.hoist import hoist
-from adam_jax._backends.per_shard import per_shard
-from adam_jax._backends.platform import target_platform
-from adam_jax._backends.steps import Step, asked, finish
+from adam_jax._backends.kernel_call import kernel_call, unsupported
+from adam_jax._backends.per_shard import Shard, per_shard
+from adam_jax._backends.step import (
+    Aliased,
+    Means,
+    Operands,
+    Part,
+    Result,
+    Step,
+    complete,
+    known_mean,
+    mean_sizes,
+    next_averaged,
+    spans,
+)
 from adam_jax._backends.tiles import Grid
 from adam_jax._util.numerics import arithmetic_dtype
-from adam_jax.storage import Blocks
+from adam_jax.storage._moments import dtypes
+from adam_jax.storage._random_bits import Position
 
 Mask = Callable[[], jax.Array | None]
 """Makes the mask of a tile, where a target needs one."""
@@ -58,8 +70,6 @@ class Target(NamedTuple):
     drop: Collection[str] = ("optimization_barrier",)
     """Primitives that are for XLA alone."""
     interpret: bool = False
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda kernel: kernel
-    """Wraps the call of a kernel."""
 
 
 def interpreted() -> Target:
@@ -72,16 +82,9 @@ def interpreted() -> Target:
 
 def triton() -> Target:
     """Return the target of a kernel that Triton compiles, for GPUs."""
-    from adam_jax._backends import triton
+    from adam_jax._backends.triton import COMPILER, load, store
 
-    return Target(
-        tiles.for_registers,
-        pl.BlockSpec(),
-        triton.COMPILER,
-        load=triton.load,
-        store=triton.store,
-        wrap=triton.without_warning,
-    )
+    return Target(tiles.for_registers, pl.BlockSpec(), COMPILER, load, store)
 
 
 def mosaic() -> Target:
@@ -95,64 +98,70 @@ TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
 """Makes the target of kernels, by the platform that a program is traced for."""
 
 
-def run(
-    leaf: Callable[..., Step],
-    asks: Sequence[int],
-    over: int,
-    sharding: NamedSharding | None,
-    u: jax.Array,
-    *operands: Any,
-) -> Any:
-    """Run the step in a kernel, or tile by tile if its arithmetic is not float32."""
-    wide = arithmetic_dtype(*storage.dtypes((u, *operands[:3]))) != jnp.float32
-    if wide or u.ndim == 0:
-        return tiled.run(leaf, asks, over, sharding, u, *operands)
-    platform = target_platform()
-    if platform not in TARGETS:
+def supports(operands: Operands) -> bool:
+    """Whether kernels can step a leaf: its arithmetic is float32, and it has an axis."""
+    return operands.update.ndim > 0 and arithmetic_dtype(*dtypes(operands[:4])) == jnp.float32
+
+
+def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
+    """Run the step in a kernel, or tile by tile if kernels don't support the leaf."""
+    if not supports(operands):
+        return tiled.execute_leaf(step, operands, sharding)
+    if step.platform not in TARGETS:
         raise NotImplementedError(
             f"implementation='pallas': the platform must be one of {', '.join(TARGETS)}, got "
-            f"{platform}; use implementation='stream'"
+            f"{step.platform}; use implementation='stream'"
         )
-    step = functools.partial(_run, TARGETS[platform](), leaf, asks, over)
-    return per_shard(step, over, sharding, u, *operands)
+    execute_shard = functools.partial(_execute_shard, TARGETS[step.platform](), step)
+    return per_shard(execute_shard, step, operands, sharding)
 
 
-def _run(
-    target: Target, leaf: Callable[..., Step], asks: Sequence[int], over: int, *operands: Any
-) -> Any:
-    """The step of what one device has of a leaf."""
-    *tiled, scalars, key, shard = operands
-    if shard.cut:
-        return unaligned.run(leaf, *operands)
-    u, *_, stored = tiled
-    arrays, tree = jax.tree.flatten(tiled)
-    spans = jax.tree.leaves(_spans(tiled))
-    grid = target.grid(u.shape, max(spans))
-    call = functools.partial(_call, target, grid, [grid.view(x) for x in arrays], spans)
+def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard) -> Result:
+    if shard.unaligned:
+        return unaligned.execute_shard(step, operands, shard)
+    of_leaf, shape = operands[:4], operands.update.shape
+    arrays, tree = jax.tree.flatten(of_leaf)
+    columns = spans(of_leaf)
+    grid = target.grid(shape, max(columns))
+    call = functools.partial(_call, target, grid, [grid.view(x) for x in arrays], columns)
 
-    def step(i: jax.Array, parts: Sequence[jax.Array], small: Any) -> Step:
-        scalars, key, origin = small
-        place = shard._replace(origin=origin).place(*grid.rows_and_columns(i), u.shape)
-        return leaf(*tree.unflatten(parts), scalars, key, place, grid.share(i))
+    def tile(i: jax.Array, parts: Sequence[jax.Array], small: Small) -> tuple[Operands, Part]:
+        scalars, seeds, origin, means = small
+        moved = shard._replace(origin=origin)
 
-    def sums(i: jax.Array, parts: Sequence[jax.Array], small: Any, means: Any) -> Any:
-        xs = asked(step(i, parts, small), means)
+        def position() -> Position:
+            return moved.position(*grid.rows_and_columns(i), shape)
+
+        part = Part(known_mean(means), position, grid.block_absmax(i))
+        u, g, p, moments = tree.unflatten(parts)
+        return Operands(u, g, p, moments, scalars, seeds), part
+
+    def sums(i: jax.Array, parts: Sequence[jax.Array], small: Small) -> list[jax.Array]:
+        xs = next_averaged(step, *tile(i, parts, small), small.means)
         return [jnp.sum(grid.owned(i, x), keepdims=True) for x in xs]
 
-    def advance(i: jax.Array, parts: Sequence[jax.Array], small: Any, means: Any) -> Any:
-        known = iter(means)
-        return finish(step(i, parts, small), lambda _: next(known))
+    def advance(i: jax.Array, parts: Sequence[jax.Array], small: Small) -> Result:
+        return complete(step, *tile(i, parts, small))
 
-    small = scalars, key, shard.origin
-    means: list[Sequence[jax.Array]] = []
-    for count in asks:  # each mean takes a pass of its own, in which nothing is written
-        partial = call(sums, (small, means), partial_sums=count)
-        means.append(shard.mean([jnp.sum(x) for x in partial]))
-    numbered = tree.unflatten(range(len(arrays)))
-    written = jax.tree.leaves((numbered[over], numbered[3]))
-    out = call(advance, (small, means), over=written)
+    small = Small(operands.scalars, operands.seeds, shard.origin, [])
+    for size in mean_sizes(step, operands):  # a pass for each mean, in which nothing is written
+        partial = call(sums, small, partial_sums=size)
+        small.means.append(shard.mean_of_sums([jnp.sum(x) for x in partial]))
+    u, _, p, moments = tree.unflatten(range(len(arrays)))
+    written = jax.tree.leaves((p if step.aliased is Aliased.PARAM else u, moments))
+    out = call(advance, small, over=written)
     out = [x.reshape(arrays[k].shape) for x, k in zip(out, written, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure((tiled[over], stored)), out)
+    replaced = Result(step.aliased.of(operands), operands.moments)
+    return jax.tree.unflatten(jax.tree.structure(replaced), out)
+
+
+class Small(NamedTuple):
+    """What is the same for all tiles."""
+
+    scalars: jax.Array
+    seeds: jax.Array | None
+    origin: Sequence[jax.Array]
+    means: list[Means]
 
 
 def _call(
@@ -161,12 +170,12 @@ def _call(
     arrays: Sequence[jax.Array],
     spans: Sequence[int],
     compute: Callable[..., Any],
-    small: Any,
+    small: Small,
     *,
     over: Sequence[int] = (),
     partial_sums: int = 0,
 ) -> list[jax.Array]:
-    """compute(i, the i-th tiles, *small) for all tiles.
+    """Return compute(i, the i-th tiles, small) for all tiles.
 
     Its results are written over the arrays of these numbers, or are sums of tiles.
     """
@@ -179,9 +188,13 @@ def _call(
 
     def flat(*operands: Any) -> list[jax.Array]:
         given, (i, *parts) = operands[: len(scalars)], operands[len(scalars) :]
-        return jax.tree.leaves(compute(i, parts, *tree.unflatten(given)))
+        return jax.tree.leaves(compute(i, parts, tree.unflatten(given)))
 
-    front, rest = hoist(jax.make_jaxpr(flat)(*scalars, i, *tile_types), len(scalars), target.drop)
+    try:
+        jaxpr = jax.make_jaxpr(flat)(*scalars, i, *tile_types)
+        front, rest = hoist(jaxpr, len(scalars), target.drop)
+    except NotImplementedError as error:
+        raise unsupported(grid.shape, error) from error
     handed = front(*scalars)
     vectors = _pack(handed)
     specs = [grid.spec(span) for span in spans]
@@ -212,7 +225,7 @@ def _call(
         interpret=target.interpret,
         name="adam_jax_step",
     )
-    return target.wrap(call)(*vectors, *arrays)
+    return kernel_call(call, grid.shape)(*vectors, *arrays)
 
 
 def _pack(scalars: Sequence[jax.Array]) -> list[jax.Array]:
@@ -234,12 +247,3 @@ def _unpack(refs: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _word(x: jax.Array) -> Any:
     return jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32
-
-
-def _spans(tree: Any) -> Any:
-    """How many of the leaf's columns one column of each array stands for."""
-
-    def span(x: Any) -> Any:
-        return Blocks(1, storage.size(x)) if isinstance(x, Blocks) else 1
-
-    return jax.tree.map(span, tree, is_leaf=lambda x: isinstance(x, Blocks))

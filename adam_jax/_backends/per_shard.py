@@ -7,6 +7,7 @@ the leaf's type, and on automatic ones `zero1` makes it known. Otherwise XLA's p
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +18,20 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from adam_jax import storage
-from adam_jax._backends.platform import target_platform
+from adam_jax._backends.step import Operands, Result, Step
 from adam_jax._util import errors
-from adam_jax._util.partition_specs import fitting, names, parts
-from adam_jax.storage import Blocks
-from adam_jax.storage._random_bits import Place
+from adam_jax._util.partition_specs import drop_indivisible, names, parts
+from adam_jax._util.typing import PyTree
+from adam_jax.storage._moments import block_size, is_quantized
+from adam_jax.storage._random_bits import Position
+
+
+class Role(enum.Enum):
+    """How an array of a step is sharded."""
+
+    LEAF = "as the leaf"
+    SCALES = "as the leaf, with the last axis in blocks"
+    REPLICATED = "not at all"
 
 
 class Shard(NamedTuple):
@@ -34,11 +43,13 @@ class Shard(NamedTuple):
     """The index in the leaf of the part's first element."""
     axes: tuple[str, ...] = ()
     """The mesh axes over which the leaf is spread."""
-    cut: tuple[str, ...] = ()
-    """Those among them over which its last axis is, if that cuts blocks in two."""
+    unaligned: tuple[str, ...] = ()
+    """The mesh axes over which its last axis is spread, if their edges split blocks."""
 
-    def place(self, row: jax.Array, column: jax.Array, width: int, shape: Sequence[int]) -> Place:
-        """Where elements [row, column : column + width] of a part of this shape lie in the leaf."""
+    def position(
+        self, row: jax.Array, column: jax.Array, width: int, shape: Sequence[int]
+    ) -> Position:
+        """Return where [row, column : column + width] of a part of this shape is in the leaf."""
         *leading, last = (jnp.asarray(x, jnp.uint32) for x in self.origin)
         row, column = row.astype(jnp.uint32), column.astype(jnp.uint32)
         if tuple(shape[:-1]) != self.whole[:-1]:
@@ -48,15 +59,19 @@ class Shard(NamedTuple):
         lane = jax.lax.broadcasted_iota(
             jnp.uint32, (*(1 for _ in row.shape[:-1]), width), row.ndim - 1
         )
-        return Place(row, column + last, lane)
+        return Position(row, column + last, lane)
 
-    def all_of(self, shape: Sequence[int]) -> Place:
-        """Return the place of all elements of a part of this shape."""
+    def positions(self, shape: Sequence[int]) -> Position:
+        """Return the position of all elements of a part of this shape."""
         row = jnp.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)
-        return self.place(row, jnp.zeros_like(row), shape[-1], shape)
+        return self.position(row, jnp.zeros_like(row), shape[-1], shape)
 
-    def mean(self, sums: Sequence[jax.Array]) -> list[jax.Array]:
-        """Means over the leaf from sums over its parts."""
+    def mean(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return means over the leaf of arrays of this part."""
+        return self.mean_of_sums([jnp.sum(x) for x in xs])
+
+    def mean_of_sums(self, sums: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return means over the leaf from sums over this part."""
         size = math.prod(self.whole)
         return [(jax.lax.psum(x, self.axes) if self.axes else x) / size for x in sums]
 
@@ -72,47 +87,52 @@ def is_unknown(u: jax.Array, sharding: NamedSharding | None) -> bool:
 
 
 def per_shard(
-    run: Callable[..., Any], over: int, sharding: NamedSharding | None, *operands: Any
-) -> Any:
-    """Return run(*operands, shard) of each shard of the leaf.
+    execute_shard: Callable[[Operands, Shard], Result],
+    step: Step,
+    operands: Operands,
+    sharding: NamedSharding | None,
+) -> Result:
+    """Return the results of all shards of the leaf, sharded as the operands they are written over.
 
-    The operands are a leaf's u, g, p, stored moments, scalars, and key. The results are sharded as
-    the operand `over`, and as what is stored. `sharding` is the leaf's on automatic axes, if known.
+    `sharding` is the leaf's on automatic axes, if known.
     """
-    u = operands[0]
-    replaced = (operands[over], operands[3])
+    u = operands.update
+    replaced = Result(step.aliased.of(operands), operands.moments)
     arrays, tree = jax.tree.flatten(operands)
-    written = jax.tree.leaves(_roles(replaced))
-    roles = jax.tree.leaves((_roles(operands[:4]), jax.tree.map(lambda _: "other", operands[4:])))
-    blocks = [storage.block_of(x) for moments in operands[3] for x in moments]
+    written = _roles(replaced)
+    roles = _roles(operands[:4])
+    roles += [Role.REPLICATED] * (len(arrays) - len(roles))
+    blocks = [block_size(x) for moments in operands.moments for x in moments]
     indices = [jnp.arange(n, dtype=jnp.uint32) for n in u.shape]
 
     def local(shard: Shard, *arrays: jax.Array) -> list[jax.Array]:
-        return jax.tree.leaves(run(*tree.unflatten(arrays), shard))
+        return jax.tree.leaves(execute_shard(tree.unflatten(arrays), shard))
 
     def whole(*arrays: jax.Array) -> list[jax.Array]:
         return local(Shard(u.shape, [jnp.uint32(0)] * u.ndim), *arrays)
 
     def split(mesh: Any, spec: P) -> tuple[Callable[..., Any], list[P], list[P]]:
-        """What each device runs, and how its operands and results are laid out."""
-        spec = fitting(mesh, spec, u.shape)
+        """Return what each device runs, and the specs of its operands and results."""
+        spec = drop_indivisible(mesh, spec, u.shape)
         axes = [name for entry in spec for name in names(entry)]
         last = names(spec[-1])
         columns = u.shape[-1] // parts(mesh, last)
-        cut = last if any(columns % block for block in blocks) else ()
+        unaligned = last if any(columns % block for block in blocks) else ()
 
         def part(*arrays: jax.Array) -> list[jax.Array]:
             origin = [index[0] for index in arrays[-u.ndim :]]
-            shard = Shard(u.shape, origin, tuple(axes), tuple(cut))
+            shard = Shard(u.shape, origin, tuple(axes), tuple(unaligned))
             return local(shard, *arrays[: -u.ndim])
 
-        layout = {"leaf": spec, "scales": P(*spec[:-1], None if cut else spec[-1]), "other": P()}
-        inputs = [layout[role] for role in roles] + [P(entry) for entry in spec]
-        return part, inputs, [layout[role] for role in written]
+        scales = P(*spec[:-1], None if unaligned else spec[-1])
+        specs = {Role.LEAF: spec, Role.SCALES: scales, Role.REPLICATED: P()}
+        inputs = [specs[role] for role in roles] + [P(entry) for entry in spec]
+        return part, inputs, [specs[role] for role in written]
 
     def mapped(mesh: Any, inputs: Any, outputs: Any, part: Any) -> Callable[..., Any]:
-        specs = {"in_specs": tuple(inputs), "out_specs": outputs}
-        return _without_derivative(jax.shard_map(part, mesh=mesh, check_vma=False, **specs))
+        ins = tuple(inputs)
+        shard = jax.shard_map(part, mesh=mesh, in_specs=ins, out_specs=outputs, check_vma=False)
+        return _without_derivative(shard)
 
     typed = jax.typeof(u).sharding
     if AxisType.Manual in typed.mesh.axis_types:
@@ -121,7 +141,7 @@ def per_shard(
         mesh = typed.mesh
         part, inputs, outputs = split(mesh, typed.spec)
         given = [
-            x if role == "leaf" else jax.reshard(x, NamedSharding(mesh, spec))
+            x if role is Role.LEAF else jax.reshard(x, NamedSharding(mesh, spec))
             for x, role, spec in zip([*arrays, *indices], [*roles, *u.shape], inputs, strict=True)
         ]
         kept = jax.tree.leaves(replaced)  # whose types the results must have, for a scan
@@ -132,7 +152,7 @@ def per_shard(
     elif sharding is not None:
         part, inputs, outputs = split(sharding.mesh, sharding.spec)
         out = mapped(sharding.mesh, inputs, outputs, part)(*arrays, *indices)
-    elif target_platform() == "tpu":  # on several devices JAX raises, and says to use shard_map
+    elif step.platform == "tpu":  # on several devices JAX raises, and says to use shard_map
         out = _without_derivative(whole)(*arrays)
     else:
         out = _partitioned(whole, split, u.ndim, roles, written)(*arrays, *indices)
@@ -140,7 +160,11 @@ def per_shard(
 
 
 def _partitioned(
-    whole: Callable[..., Any], split: Callable[..., Any], ndim: int, roles: Any, written: Any
+    whole: Callable[..., Any],
+    split: Callable[..., Any],
+    ndim: int,
+    roles: Sequence[Role],
+    written: Sequence[Role],
 ) -> Callable[..., Any]:
     """`whole`, for which the partitioner puts what `split` says. Under vmap it is `whole`."""
 
@@ -183,25 +207,23 @@ def _without_derivative(function: Callable[..., Any]) -> Callable[..., Any]:
     return underived
 
 
-def _rule(ndim: int, roles: Sequence[str], written: Sequence[str]) -> str:
-    """Which axes of the operands are one, in the notation of custom_partitioning."""
+def _rule(ndim: int, roles: Sequence[Role], written: Sequence[Role]) -> str:
+    """Return which axes of the operands are equal, in the notation of custom_partitioning."""
     axes = [f"i{k}" for k in range(ndim)]
 
-    def factors(k: int, role: str) -> str:
-        scales = [*axes[:-1], f"s{k}"] if role == "scales" else []
-        return " ".join({"leaf": axes, "scales": scales, "other": [f"o{k}"]}[role])
+    def factors(k: int, role: Role) -> str:
+        scales = [*axes[:-1], f"s{k}"] if role is Role.SCALES else []
+        return " ".join({Role.LEAF: axes, Role.SCALES: scales, Role.REPLICATED: [f"o{k}"]}[role])
 
     given = [factors(k, role) for k, role in enumerate(roles)]
     # scales are operands and results in the same order
-    at = iter([k for k, role in enumerate(roles) if role == "scales"])
-    results = [factors(next(at) if role == "scales" else 0, role) for role in written]
+    at = iter([k for k, role in enumerate(roles) if role is Role.SCALES])
+    results = [factors(next(at) if role is Role.SCALES else 0, role) for role in written]
     return f"{', '.join([*given, *axes])} -> {', '.join(results)}"
 
 
-def _roles(tree: Any) -> Any:
-    """Return for each array of a leaf whether it is sharded as the leaf or as scales."""
-
-    def role(x: Any) -> Any:
-        return Blocks("leaf", "scales") if isinstance(x, Blocks) else "leaf"
-
-    return jax.tree.map(role, tree, is_leaf=lambda x: isinstance(x, Blocks))
+def _roles(tree: PyTree) -> list[Role]:
+    """Return how each array of a leaf is sharded."""
+    stored = jax.tree.leaves(tree, is_leaf=is_quantized)
+    per_leaf = [(Role.LEAF, Role.SCALES) if is_quantized(x) else (Role.LEAF,) for x in stored]
+    return [role for each in per_leaf for role in each]

@@ -17,79 +17,78 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from adam_jax import storage
 from adam_jax._backends import unaligned, xla
 from adam_jax._backends.per_shard import Shard, per_shard
-from adam_jax._backends.steps import Step, asked, finish
-from adam_jax.storage import Blocks
+from adam_jax._backends.step import (
+    Means,
+    Operands,
+    Part,
+    Result,
+    Step,
+    complete,
+    known_mean,
+    mean_sizes,
+    next_averaged,
+    spans,
+)
+from adam_jax._util.typing import PyTree
+from adam_jax.storage._moments import block_size
+from adam_jax.storage._random_bits import Position
+
+TILE = {"cpu": 2**17}
+"""Elements in a tile, by platform: on CPU what fits a core's cache."""
+LARGE_TILE = 2**23
+"""Elements in a tile on other platforms, where a tile takes a launch."""
 
 
-def tile_size() -> int:
-    """Elements in a tile: on CPU what fits a core's cache, elsewhere what makes launches few."""
-    return 2**17 if jax.default_backend() == "cpu" else 2**23
-
-
-def run(
-    leaf: Callable[..., Step],
-    asks: Sequence[int],
-    over: int,
-    sharding: NamedSharding | None,
-    u: jax.Array,
-    *operands: Any,
-) -> Any:
+def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run the step tile by tile, or in one piece if the leaf fits in a tile."""
-    if u.size <= tile_size():
-        return xla.run(leaf, asks, over, sharding, u, *operands)
-    return per_shard(functools.partial(_run, leaf, asks, over), over, sharding, u, *operands)
+    if operands.update.size <= TILE.get(step.platform, LARGE_TILE):
+        return xla.execute_leaf(step, operands, sharding)
+    return per_shard(functools.partial(_execute_shard, step), step, operands, sharding)
 
 
-def _run(
-    leaf: Callable[..., Step],
-    asks: Sequence[int],
-    over: int,
-    u: jax.Array,
-    g: jax.Array | None,
-    p: Any,
-    stored: Any,
-    scalars: jax.Array,
-    key: jax.Array | None,
-    shard: Shard,
-) -> Any:
-    """The step of what one device has of a leaf."""
-    if shard.cut:
-        return unaligned.run(leaf, u, g, p, stored, scalars, key, shard)
-    arrays = (u, g, p)
-    given = (arrays[over], stored)
-    # a row of a tile is a block, or as long where nothing is coded: random bits are keyed by rows
-    block = max([128, *(storage.block_of(x) for moments in stored for x in moments)])
-    grid = _Grid.of(u.shape, block)
-    before = _as_bits(given)
-    means: list[Sequence[jax.Array]] = []
+def _execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
+    if shard.unaligned:
+        return unaligned.execute_shard(step, operands, shard)
+    written = Result(step.aliased.of(operands), operands.moments)
+    # a row of a tile is a block, or as long if nothing is quantized: random bits are keyed by rows
+    block = max([128, *(block_size(x) for moments in operands.moments for x in moments)])
+    grid = _Grid.of(operands.update.shape, block, TILE.get(step.platform, LARGE_TILE))
+    before = _as_bits(written)
 
-    def step(tile: _Tile, old: Any) -> Step:
-        target, stored = _as_given(tile.read(old), given)
-        parts = [target if k == over else tile.read(x) for k, x in enumerate(arrays)]
-        place = shard.place(*tile.rows_and_columns(), grid.lanes, grid.shape)
-        return leaf(*parts, stored, scalars, key, place)
+    def tile_operands(tile: _Tile, old: Result) -> tuple[Operands, Part]:
+        output, moments = _as_given(tile.read(old), written)
+        u, g, p = (
+            output if x is written.output else tile.read(x)
+            for x in (operands.update, operands.grad, operands.param)
+        )
 
-    def add(tile: _Tile, sums: Any) -> Any:
-        def new() -> Any:
-            xs = asked(step(tile, before), means)
+        def position() -> Position:
+            return shard.position(*tile.rows_and_columns(), grid.lanes, grid.shape)
+
+        given = Operands(u, g, p, moments, operands.scalars, operands.seeds)
+        return given, Part(known_mean(means), position)
+
+    def add(tile: _Tile, sums: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        def new() -> Sequence[jax.Array]:
+            xs = next_averaged(step, *tile_operands(tile, before), means)
             return [jnp.sum(x) for x in tile.owned(xs, jax.tree.map(jnp.zeros_like, xs))]
 
         return jax.tree.map(jnp.add, sums, tile.bounded(new))
 
-    def advance(tile: _Tile, old: Any) -> Any:
-        def new() -> Any:
-            known = iter(means)
-            new = finish(step(tile, old), lambda _: next(known))
+    def advance(tile: _Tile, old: Result) -> Result:
+        def new() -> Result:
+            new = complete(step, *tile_operands(tile, old))
             return tile.owned(_as_bits(new), tile.read(old))
 
         return tile.write(old, tile.bounded(new))
 
-    for count in asks:  # each mean takes a pass of its own, in which nothing is written
-        means.append(shard.mean(grid.loop(add, [jnp.zeros([], scalars.dtype)] * count)))
-    return _as_given(grid.loop(advance, before), given)
+    means: list[Means] = []
+    for size in mean_sizes(step, operands):  # a pass for each mean, in which nothing is written
+        zeros = [jnp.zeros([], operands.scalars.dtype)] * size
+        means.append(shard.mean_of_sums(grid.loop(add, zeros)))
+    return _as_given(grid.loop(advance, before), written)
 
 
 def _as_bits(tree: Any) -> Any:
@@ -121,9 +120,8 @@ class _Grid(NamedTuple):
     block: int
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], block: int) -> _Grid:
-        """Tiles of about `tile_size` elements that cut no block."""
-        most = tile_size()
+    def of(cls, shape: tuple[int, ...], block: int, most: int) -> _Grid:
+        """Return tiles of about `most` elements that split no block."""
         axis = next(k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= most)
         if axis < len(shape) - 1:
             step = _divisor(shape[axis], most // math.prod(shape[axis + 1 :]))
@@ -183,17 +181,17 @@ class _Tile(NamedTuple):
     def read(self, tree: Any) -> Any:
         rows = self._rows()
 
-        def part(x: jax.Array, block: int) -> jax.Array:
+        def part(block: int, x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice(x, *self._slices(block)).reshape(rows, -1)
 
-        return jax.tree.map(part, tree, _spans(tree))
+        return _map_spans(part, tree)
 
     def write(self, tree: Any, new: Any) -> Any:
-        def put(x: jax.Array, part: jax.Array, block: int) -> jax.Array:
+        def put(block: int, x: jax.Array, part: jax.Array) -> jax.Array:
             starts, sizes = self._slices(block)
             return jax.lax.dynamic_update_slice(x, part.reshape(sizes), starts)
 
-        return jax.tree.map(put, tree, new, _spans(tree))
+        return _map_spans(put, tree, new)
 
     def owned(self, new: Any, old: Any) -> Any:
         """new where an element is this tile's, old where it is a neighbour's."""
@@ -204,7 +202,7 @@ class _Tile(NamedTuple):
         first = self.i % grid.along * grid.step
         last = jnp.where(self.i % grid.along == grid.along - 1, length, first + grid.step)
 
-        def choose(n: jax.Array, o: jax.Array, block: int) -> jax.Array:
+        def choose(block: int, n: jax.Array, o: jax.Array) -> jax.Array:
             sizes = self._slices(block)[1]
             at = jax.lax.broadcasted_iota(jnp.int32, sizes, grid.axis)
             if grid.axis == len(sizes) - 1:
@@ -212,7 +210,7 @@ class _Tile(NamedTuple):
             at = (self._lead_and_start()[1] + at).reshape(n.shape)
             return jnp.where((first <= at) & (at < last), n, o)
 
-        return jax.tree.map(choose, new, old, _spans(new))
+        return _map_spans(choose, new, old)
 
     def _rows(self) -> int:
         return math.prod(self._slices(1)[1]) // self.grid.lanes
@@ -230,10 +228,8 @@ class _Tile(NamedTuple):
         return row, at % per_row * grid.lanes
 
 
-def _spans(tree: Any) -> Any:
-    """How many of the leaf's columns one column of each array stands for."""
-
-    def span(x: Any) -> Any:
-        return Blocks(1, storage.block_of(x)) if isinstance(x, Blocks) else 1
-
-    return jax.tree.map(span, tree, is_leaf=lambda x: isinstance(x, Blocks))
+def _map_spans(f: Callable[..., jax.Array], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Return the tree of f(span of an array, the array, …); see `spans`."""
+    arrays, structure = jax.tree.flatten(tree)
+    others = map(jax.tree.leaves, rest)
+    return structure.unflatten(map(f, spans(tree), arrays, *others))

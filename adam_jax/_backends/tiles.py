@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from adam_jax.storage._blockwise import apart
+from adam_jax.storage._blockwise import split_blocks
 
 
 class Grid(NamedTuple):
@@ -71,14 +71,14 @@ class Grid(NamedTuple):
         mask = self.mask(i, 1)
         return x if mask is None else jnp.where(mask, x, 0)
 
-    def share(self, i: jax.Array) -> Callable[..., jax.Array]:
-        """How to find the largest of blocks, the last of which may leave the leaf."""
+    def block_absmax(self, i: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
+        """Return a function that finds block maxima; the last block may leave the leaf."""
 
-        def largest(sizes: jax.Array, block: int) -> jax.Array:
+        def largest(magnitudes: jax.Array, block: int) -> jax.Array:
             if self.shape[-1] % self.columns:
                 inside = self._columns(self.at(i)[-1], 1) < self.shape[-1]
-                sizes = jnp.where(inside, sizes, 0)
-            return jnp.max(apart(sizes, min(block, self.columns)), axis=-1)
+                magnitudes = jnp.where(inside, magnitudes, 0)
+            return jnp.max(split_blocks(magnitudes, min(block, self.columns)), axis=-1)
 
         return largest
 

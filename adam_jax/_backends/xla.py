@@ -3,54 +3,76 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+import optax
+from jax.sharding import AxisType, NamedSharding
 
-from adam_jax import storage
 from adam_jax._backends import unaligned
-from adam_jax._backends.per_shard import per_shard
-from adam_jax._backends.steps import Step, finish
-from adam_jax._util.partition_specs import is_explicit
-from adam_jax.storage._random_bits import whole
+from adam_jax._backends.per_shard import Shard, per_shard
+from adam_jax._backends.step import (
+    Aliased,
+    Means,
+    Operands,
+    Part,
+    Result,
+    Step,
+    complete,
+)
+from adam_jax._util.typing import PyTree
+from adam_jax.storage._moments import any_quantized
+from adam_jax.storage._random_bits import positions
 
 
-def run(
-    leaf: Callable[..., Step],
-    asks: Sequence[int],
-    over: int,
-    sharding: NamedSharding | None,
-    u: jax.Array,
-    *operands: Any,
-) -> Any:
+def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run the step of the whole leaf at once.
 
-    Explicit axes allow no reshape that splits a sharded axis into blocks, so that quantized state
-    is stepped shard by shard there.
+    Explicit axes allow no reshape that splits a sharded axis into blocks, so quantized state is
+    stepped shard by shard there.
     """
-    del asks
-    if is_explicit(u) and storage.any_coded(operands[2]):
-        return per_shard(functools.partial(_run, leaf), over, sharding, u, *operands)
-    place = None if operands[-1] is None else whole(u.shape)  # for random bits alone
-    step = leaf(u, *operands, place, ordered=orders())
-    return finish(step, lambda xs: [jnp.mean(x) for x in xs])
+    axis_types = jax.typeof(operands.update).sharding.mesh.axis_types
+    if AxisType.Explicit in axis_types and any_quantized(operands.moments):
+        return per_shard(functools.partial(_execute_shard, step), step, operands, sharding)
+    seeds = operands.seeds
+    position = functools.partial(positions, operands.update.shape)
+    output, encode = step(operands, Part(_mean, position))
+    if seeds is not None and operands.param is not None and orders_writes():
+        seeds = _after(_new_param(step, operands, output), seeds)
+    return Result(output, encode(seeds))
 
 
-def _run(leaf: Callable[..., Step], *operands: Any) -> Any:
-    """Run the step of what one device has of a leaf."""
-    *given, shard = operands
-    if shard.cut:
-        return unaligned.run(leaf, *operands)
-    step = leaf(*given, shard.all_of(given[0].shape))
-    return finish(step, lambda xs: shard.mean([jnp.sum(x) for x in xs]))
+def _execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
+    if shard.unaligned:
+        return unaligned.execute_shard(step, operands, shard)
+    shape = operands.update.shape
+    return complete(step, operands, Part(shard.mean, functools.partial(shard.positions, shape)))
 
 
-def orders() -> bool:
-    """Whether what is stored waits for the new parameter, so that XLA:CPU writes it in place.
+def _mean(xs: Sequence[jax.Array]) -> Means:
+    return [jnp.mean(x) for x in xs]
 
-    One of its elements is at hand only where leaves are not spread over devices.
+
+def orders_writes() -> bool:
+    """Whether new moments are written after the new parameter, so that XLA:CPU copies nothing.
+
+    XLA:CPU computes new moments again for the direction, out of the old ones. If it may do so after
+    it has written what is stored, it copies the old ones first, which doubles the time of a step in
+    bfloat16. One element of the result is at hand only if leaves aren't spread over devices.
     """
     return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+def _after(result: jax.Array, seeds: jax.Array) -> jax.Array:
+    """Return `seeds` with a fake data dependency on `result`, so that XLA schedules it first."""
+    first = result[(0,) * result.ndim]  # never both NaN and Inf, which XLA doesn't see
+    return seeds ^ (jnp.isnan(first) & jnp.isinf(first)).astype(seeds.dtype)
+
+
+def _new_param(step: Step, operands: Operands, output: PyTree) -> jax.Array:
+    """Return the new parameter, computed as Optax will compute it, so that XLA sees one sum."""
+    if step.aliased is Aliased.PARAM:
+        return jax.tree.leaves(output)[0]
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.tree.leaves(optax.apply_updates(operands.param, output))[0]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import optax
 
-from adam_jax import rules
-from adam_jax._engine.chain import lift, link
-from adam_jax._engine.split_params import any_narrow, full, widened
-from adam_jax._engine.transformation import emits_params
+from adam_jax._engine.chain import Chain
+from adam_jax._engine.split_params import any_split, to_float32, upcast_updates
+from adam_jax._engine.transformation import emits_params, update_of
 from adam_jax._util import errors
+from adam_jax._util.typing import PyTree
 
-_EMIT: Any = lift([link(rules.identity, {})], "auto", "apply", bare=True)
+_NO_LINKS = Chain("apply", (), "auto")
 
 
 def apply(
@@ -21,7 +20,7 @@ def apply(
     grads: optax.Updates,
     state: optax.OptState,
     params: optax.Params,
-    **extra: Any,
+    **extra: PyTree,
 ) -> tuple[optax.Params, optax.OptState]:
     """`update` and `optax.apply_updates` at once: nothing is written but parameters and state.
 
@@ -49,7 +48,7 @@ def apply(
     >>> params
     {'w': Array([2.875], dtype=float32)}
     """
-    with errors.naming("apply"):
+    with errors.error_context("apply"):
         errors.transformation("tx", tx, "apply(tx, grads, state, params)")
     if emits_params(tx):
         return step(tx, grads, state, params, extra, emit_params=True)
@@ -58,25 +57,23 @@ def apply(
 
 
 def step(
-    tx: Any,
-    updates: optax.Updates,
-    state: Any,
-    params: Any,
-    extra: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra: Mapping[str, PyTree],
     *,
     emit_params: bool,
-) -> tuple[Any, Any]:
-    """Step any transformation on parameters that may be Narrow, which are returned anew.
+) -> tuple[PyTree, PyTree]:
+    """Step any transformation; new SplitParams are returned, and updates for other parameters.
 
-    For the others return the update, or with `emit_params` the new parameter, too.
+    With `emit_params` return new parameters only.
     """
     if emits_params(tx):
-        return tx.update.function(updates, state, params, extra, emit_params=emit_params)
-    whole = full(params)
-    updates = widened(updates, params)
-    updates, state = optax.with_extra_args_support(tx).update(updates, state, whole, **extra)
-    if not (emit_params or any_narrow(params)):
-        return updates, state
-    empty = optax.EmptyState()
-    emitted, _ = _EMIT.update.function(updates, empty, params, {}, emit_params=emit_params)
-    return emitted, state
+        return update_of(tx).function(updates, state, params, extra, emit_params=emit_params)
+    updates = upcast_updates(updates, params)
+    update = optax.with_extra_args_support(tx).update
+    updates, state = update(updates, state, to_float32(params), **extra)
+    if emit_params or any_split(params):
+        updates, _ = _NO_LINKS.step(updates, (), params, {}, emit_params=emit_params)
+    return updates, state

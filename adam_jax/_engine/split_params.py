@@ -1,119 +1,123 @@
-"""How a parameter is read, and how it takes an update: plain, or narrow without losing anything.
+"""bfloat16 parameters that lose nothing: a rounded value, and the bits below it.
 
-A bfloat16 number is the upper half of a float32. What lies below it can be kept beside it, in 16
-bits (then both together are the float32) or in 8, or be decided by chance. The update that lands on
-the result is emitted as a float32 difference, because that is all that Optax's protocol has.
+A bfloat16 number is the upper half of a float32. The lower half can be kept as a residual of 16
+bits (then both together are the float32) or of 8, or be rounded stochastically. The update is
+emitted as a float32 difference, because Optax's protocol has nothing else.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from adam_jax._util.numerics import TINY
+from adam_jax._util.typing import PyTree
 
 
-class Narrow(NamedTuple):
-    """A bfloat16 parameter of which the engine is to lose nothing."""
+class SplitParam(NamedTuple):
+    """A bfloat16 parameter that loses nothing in a step."""
 
-    value: Any
-    rest: Any
-    """The bits of the float32 below it: int16, int8 for their upper half; None to round by draw."""
-    draw: Any
-    """A uint32 scalar that random bits depend on; None where nothing is drawn."""
+    value: jax.Array
+    residual: jax.Array | None
+    """The lower bits of the float32: int16, or int8 for their upper half; None to round."""
+    seed: jax.Array | None
+    """A uint32 scalar that random bits depend on; None if nothing is rounded stochastically."""
 
 
-def full(params: Any) -> Any:
-    """Parameters with all their bits: Narrow ones in float32, the others as they are."""
-    if not any_narrow(params):
+def to_float32(params: PyTree) -> PyTree:
+    """Return parameters with split ones in float32, which has all their bits."""
+    if not any_split(params):
         return params
     return jax.tree.map(
-        lambda p: read(p, jnp.float32) if is_narrow(p) else p, params, is_leaf=is_narrow
+        lambda p: to_arithmetic(p, jnp.float32) if is_split(p) else p, params, is_leaf=is_split
     )
 
 
-def widened(updates: Any, params: Any) -> Any:
-    """Updates in float32 where the parameter is Narrow, lest they be rounded on their way."""
-    if not any_narrow(params):
+def upcast_updates(updates: PyTree, params: PyTree) -> PyTree:
+    """Cast updates to float32 for split parameters, so that they aren't rounded."""
+    if not any_split(params):
         return updates
     return jax.tree.map(
-        lambda p, u: u.astype(jnp.float32) if is_narrow(p) and u is not None else u,
+        lambda p, u: u.astype(jnp.float32) if is_split(p) and u is not None else u,
         params,
         updates,
-        is_leaf=is_narrow,
+        is_leaf=is_split,
     )
 
 
-def any_narrow(params: Any) -> bool:
-    return any(map(is_narrow, jax.tree.leaves(params, is_leaf=is_narrow)))
+def any_split(params: PyTree) -> bool:
+    """Whether a tree has a split parameter."""
+    return any(map(is_split, jax.tree.leaves(params, is_leaf=is_split)))
 
 
-def is_narrow(x: Any) -> bool:
-    return isinstance(x, Narrow)
+def is_split(x: PyTree) -> bool:
+    """Whether this is a split parameter."""
+    return isinstance(x, SplitParam)
 
 
-def value(p: Any) -> Any:
-    """The parameter as the model has it."""
-    return p.value if is_narrow(p) else p
+def value(p: PyTree) -> PyTree:
+    """Return the parameter as the model has it."""
+    return p.value if isinstance(p, SplitParam) else p
 
 
-def draws(p: Any) -> bool:
-    """Whether landing takes random bits."""
-    return is_narrow(p) and (p.rest is None or p.rest.dtype == jnp.int8)
+def needs_random_bits(p: PyTree) -> bool:
+    """Whether rounding to the parameter takes random bits."""
+    return isinstance(p, SplitParam) and (p.residual is None or p.residual.dtype == jnp.int8)
 
 
-def read(p: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The parameter in the dtype of the arithmetic, with all its bits."""
-    if not is_narrow(p) or p.rest is None:
+def to_arithmetic(p: PyTree, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return the parameter in the dtype of the arithmetic, with all its bits."""
+    if not isinstance(p, SplitParam) or p.residual is None:
         return value(p).astype(dtype)
-    low = p.rest.astype(jnp.int32) << _cut(p.rest.dtype)
+    low = p.residual.astype(jnp.int32) << _dropped_bits(p.residual.dtype)
     return _float(_bits(p.value.astype(jnp.float32)) + low).astype(dtype)
 
 
-def land(p: Any, new: jax.Array, draws: jax.Array | None) -> Any:
-    """The parameter after a step to `new`, kept as p is; draws are 32 random bits per element."""
-    if not is_narrow(p):
+def round_to_param(p: PyTree, new: jax.Array, random: jax.Array | None) -> PyTree:
+    """Return the parameter with the value `new`, split as p is, from 32 random bits per element."""
+    if not isinstance(p, SplitParam):
         return new.astype(p.dtype)
     bits = _bits(jnp.where(jnp.abs(new) < TINY, 0, new))
-    cut = 16 if p.rest is None else _cut(p.rest.dtype)
-    if draws is not None:  # up with the probability that makes it right on average
-        below = (1 << cut) - 1
-        drawn = (draws >> (32 - cut)).astype(jnp.int32)  # the high bits are independent
+    dropped = 16 if p.residual is None else _dropped_bits(p.residual.dtype)
+    if random is not None:  # up with a probability that makes the result right on average
+        below = (1 << dropped) - 1
+        drawn = (random >> (32 - dropped)).astype(jnp.int32)  # the high bits are independent
         bits = jnp.where(jnp.isfinite(new), (bits + drawn) & ~below, bits)
     nearest = _float((bits + 0x8000) & ~0xFFFF)
     before = p.value.astype(jnp.float32)
-    landed = _to_nearest_even(before + (jnp.where(jnp.isfinite(new), nearest, new) - before))
-    landed_value = landed.astype(jnp.bfloat16)
-    if p.rest is None:
-        return p._replace(value=landed_value)
-    return p._replace(value=landed_value, rest=_rest(bits, landed, p.rest))
+    rounded = _to_nearest_even(before + (jnp.where(jnp.isfinite(new), nearest, new) - before))
+    split = p._replace(value=rounded.astype(jnp.bfloat16))
+    if p.residual is None:
+        return split
+    return split._replace(residual=_residual(bits, rounded, p.residual.dtype))
 
 
-def _rest(bits: jax.Array, landed: jax.Array, like: jax.Array) -> jax.Array:
-    """What leads from the number that was landed on to these bits, as far as it reaches."""
+def _residual(bits: jax.Array, rounded: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return the residual `bits - rounded`, clipped to int16, in a dtype."""
     ends = jnp.iinfo(jnp.int16)
-    same_side = (bits ^ _bits(landed)) >= 0
-    rest = jnp.where(same_side, bits - _bits(landed), ends.min)
-    rest = jnp.where((landed == 0) | ~jnp.isfinite(landed), 0, jnp.clip(rest, ends.min, ends.max))
-    return (rest >> _cut(like.dtype)).astype(like.dtype)
+    same_side = (bits ^ _bits(rounded)) >= 0
+    residual = jnp.where(same_side, bits - _bits(rounded), ends.min)
+    exact = (rounded == 0) | ~jnp.isfinite(rounded)
+    residual = jnp.where(exact, 0, jnp.clip(residual, ends.min, ends.max))
+    return (residual >> _dropped_bits(dtype)).astype(dtype)
 
 
-def rest_as(rest: jax.Array, dtype: Any) -> jax.Array:
-    """What is kept below a parameter in another width, to the nearest that it reaches."""
-    bits = rest.astype(jnp.int32) << _cut(rest.dtype)
-    nearest = (bits + (1 << _cut(dtype) >> 1)) >> _cut(dtype)
+def residual_as(residual: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return a residual in another dtype, rounded to nearest within its range."""
+    bits = residual.astype(jnp.int32) << _dropped_bits(residual.dtype)
+    nearest = (bits + (1 << _dropped_bits(dtype) >> 1)) >> _dropped_bits(dtype)
     return jnp.minimum(nearest, jnp.iinfo(dtype).max).astype(dtype)
 
 
-def _cut(dtype: Any) -> int:
-    """How many of the 16 bits below a parameter are not kept."""
+def _dropped_bits(dtype: jax.typing.DTypeLike) -> int:
+    """Return how many of the 16 bits below a parameter a residual drops."""
     return 16 - 8 * jnp.dtype(dtype).itemsize
 
 
 def _to_nearest_even(x: jax.Array) -> jax.Array:
-    """x as it would come back from bfloat16; a pair of casts XLA may leave out."""
+    """Return x rounded to bfloat16, without a pair of casts, which XLA may leave out."""
     bits = _bits(x)
     nearest = _float((bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF)
     return jnp.where(jnp.isfinite(x), nearest, x)

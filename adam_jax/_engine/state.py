@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
-import chex
 import jax
 import optax
 
 from adam_jax import storage
 from adam_jax._util.numerics import arithmetic_dtype
+from adam_jax._util.typing import KeyPath, PyTree
+from adam_jax.storage import _moments
+from adam_jax.storage._moments import Stored
+
+State: TypeAlias = Any
+"""The NamedTuple that one transformation keeps."""
 
 
-def _state_of(tx: optax.GradientTransformation) -> type[Any]:
+def _state_of(tx: optax.GradientTransformation) -> type[State]:
     """Return the class of a state, for which Optax exports no name, without running anything."""
     return type(jax.eval_shape(tx.init, ()))
 
@@ -24,7 +28,7 @@ RmsCounted = _state_of(optax.scale_by_rms(bias_correction=True))
 RStdDevCounted = _state_of(optax.scale_by_stddev(bias_correction=True))
 WeightDecaySchedule = _state_of(optax.add_decayed_weights(lambda count: 0.0))
 
-OPTAX_STATES: dict[type[Any], tuple[str, ...]] = {
+OPTAX_STATES: dict[type[State], tuple[str, ...]] = {
     optax.ScaleByAdamState: ("mu", "nu"),
     optax.ScaleByAmsgradState: ("mu", "nu", "nu_max"),
     optax.ScaleByBeliefState: ("mu", "nu"),
@@ -40,7 +44,7 @@ OPTAX_STATES: dict[type[Any], tuple[str, ...]] = {
 }
 """The moments among the fields of Optax's states; the other fields are step counts."""
 
-_DEFAULTS = {
+_DEFAULTS: dict[tuple[str, ...], type[State]] = {
     ("mu",): optax.ScaleByLionState,
     ("nu",): RmsCounted,
     ("mu", "nu"): optax.ScaleByAdamState,
@@ -48,7 +52,7 @@ _DEFAULTS = {
 }
 
 
-def state_class(moments: tuple[str, ...], counted: bool) -> type[Any]:
+def state_class(moments: tuple[str, ...], counted: bool) -> type[State]:
     """A NamedTuple with these moments and a step count: Optax's own where it has one.
 
     Without moments there is a count only where the rule needs it.
@@ -59,29 +63,30 @@ def state_class(moments: tuple[str, ...], counted: bool) -> type[Any]:
 
 
 @functools.cache
-def _made(moments: tuple[str, ...]) -> type[Any]:
-    made: Any = collections.namedtuple("ScaleByRuleState", ("count", *moments))
+def _made(moments: tuple[str, ...]) -> type[State]:
+    fields = [(name, PyTree) for name in ("count", *moments)]
+    made: PyTree = NamedTuple("ScaleByRuleState", fields)
     # pickle finds a class by its module and name, which a class made here does not have
     made.__reduce__ = lambda self: (_remake, (moments, *self))
     made._moments = moments  # no field's name begins with _
     return made
 
 
-def _remake(moments: tuple[str, ...], *fields: Any) -> Any:
+def _remake(moments: tuple[str, ...], *fields: PyTree) -> PyTree:
     return _made(moments)(*fields)
 
 
-def moment_fields(state: Any) -> tuple[str, ...]:
+def moment_fields(state: PyTree) -> tuple[str, ...]:
     """The names of the moments in one transformation's state; empty where it has none."""
     return getattr(type(state), "_moments", OPTAX_STATES.get(type(state), ()))
 
 
-def count_fields(state: type[Any], moments: Iterable[str]) -> tuple[str, ...]:
+def count_fields(state: type[State], moments: Iterable[str]) -> tuple[str, ...]:
     """The fields of a state class that count steps: all that are no moments."""
     return tuple(f for f in state._fields if f not in moments)
 
 
-def moments(state: chex.ArrayTree) -> dict[str, Any]:
+def moments(state: PyTree) -> dict[str, PyTree]:
     """The moments in an optimizer's state as float32 trees, whatever they are stored in.
 
     Args:
@@ -100,7 +105,7 @@ def moments(state: chex.ArrayTree) -> dict[str, Any]:
     >>> adam_jax.moments(tx.init({"w": jnp.ones(2)}))["nu"]
     {'w': Array([0., 0.], dtype=float32)}
     """
-    found: dict[str, Any] = {}
+    found: dict[str, PyTree] = {}
     places: dict[str, list[str]] = {}
     for path, s in named_tuples(state):
         for name in moment_fields(s):
@@ -119,7 +124,7 @@ def moments(state: chex.ArrayTree) -> dict[str, Any]:
     return {name: _read(moment) for name, moment in found.items()}
 
 
-def step_count(state: chex.ArrayTree) -> jax.Array:
+def step_count(state: PyTree) -> jax.Array:
     """The number of steps that an optimizer has made, from the state of any chain around it.
 
     Args:
@@ -147,11 +152,11 @@ def step_count(state: chex.ArrayTree) -> jax.Array:
     )
 
 
-def named_tuples(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
+def named_tuples(state: PyTree) -> list[tuple[KeyPath, State]]:
     """The NamedTuples in a state with their paths, outermost first; none from inside moments."""
     found = []
 
-    def visit(path: tuple[Any, ...], node: Any) -> bool:
+    def visit(path: KeyPath, node: PyTree) -> bool:
         if hasattr(node, "_fields"):
             found.append((path, node))
         return bool(moment_fields(node))
@@ -160,18 +165,18 @@ def named_tuples(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return found
 
 
-def stored_moments(state: Any) -> Iterator[tuple[str, Any]]:
+def stored_moments(state: PyTree) -> Iterator[tuple[str, PyTree]]:
     """The name of every moment in a state with what is stored of it."""
     for _, s in named_tuples(state):
         for name in moment_fields(s):
             yield name, getattr(s, name)
 
 
-def _read(moment: Any) -> Any:
+def _read(moment: PyTree) -> PyTree:
     """A moment's tree as it is computed with."""
 
-    def read(stored: Any) -> jax.Array:
-        return storage.decode(stored, arithmetic_dtype(*storage.dtypes(stored)))
+    def read(stored: Stored) -> jax.Array:
+        return _moments.decode(stored, arithmetic_dtype(*_moments.dtypes(stored)))
 
-    tree = moment.codes if isinstance(moment, storage.Blocks) else moment
-    return storage.with_leaves(tree, [read(x) for x in storage.leaves(moment).values()])
+    tree = moment.codes if isinstance(moment, storage.Quantized) else moment
+    return _moments.with_leaves(tree, [read(x) for x in _moments.leaves(moment).values()])

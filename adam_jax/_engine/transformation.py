@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec
+from typing import Any, TypeAlias
 
 import optax
 
-from adam_jax import storage
-from adam_jax._util import errors
-from adam_jax.optimizers._docs import complete
-from adam_jax.storage._policy import is_function
+from adam_jax._util.typing import PyTree
 
-P = ParamSpec("P")
+UpdateFunction: TypeAlias = Callable[..., tuple[PyTree, PyTree]]
 
-_MISSING: Any = object()
+Source: TypeAlias = Any
+"""What a transformation is made of: a Chain, or a tuple or a mapping of transformations."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,11 +24,10 @@ class Update:
     Optax's wrappers build a new tuple from `tx.init` and `tx.update`.
     """
 
-    function: Callable[..., tuple[Any, optax.OptState]]
+    function: UpdateFunction
     """(updates, state, params, **extra), or what `emits_params` says."""
 
-    source: Any = None
-    """A Chain of links, a tuple of transformations, or a mapping of them by group."""
+    source: Source = None
 
     text: str = ""
     """The repr of the transformation."""
@@ -40,22 +35,22 @@ class Update:
     emits_params: bool = False
     """Whether `function` takes (updates, state, params, extra, emit_params).
 
-    It then returns new parameters in place of updates if `emit_params`, and takes `Narrow`
+    It then returns new parameters in place of updates if `emit_params`, and takes `SplitParam`
     parameters. This is an argument of its own, not one of `extra`, which belong to the user.
     """
 
-    last: bool = False
+    exact: bool = False
     """Whether its updates are exact, so that nothing may change them."""
 
     def __call__(
         self,
-        updates: optax.Updates,
-        state: Any = _MISSING,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[Any, optax.OptState]:
+        updates: PyTree,
+        state: PyTree = ...,
+        params: PyTree = None,
+        **extra: PyTree,
+    ) -> tuple[PyTree, PyTree]:
         """Return the updates and the new state."""
-        if state is _MISSING:
+        if state is ...:
             raise TypeError(
                 f"{self.text.partition('(')[0] or 'update'}: update must be given the state, got "
                 f"only gradients; call update(gradients, state, params)"
@@ -72,124 +67,60 @@ class Transformation(optax.GradientTransformationExtraArgs):
         return getattr(self.update, "text", "") or super().__repr__()
 
 
-def made_of(
-    source: Any,
-    init: Callable[..., optax.OptState],
-    function: Callable[..., tuple[Any, optax.OptState]],
+def transformation_of(
+    source: Source,
+    init: Callable[..., PyTree],
+    function: UpdateFunction,
     text: str = "",
     *,
     emits_params: bool = False,
-    last: bool = False,
+    exact: bool = False,
 ) -> Transformation:
     """Build a transformation that records its source; see the fields of `Update`."""
-    return Transformation(init, Update(function, source, text, emits_params, last))
+    return Transformation(init, Update(function, source, text, emits_params, exact))
 
 
 def with_repr(tx: Transformation, text: str) -> Transformation:
     """Return the transformation with another repr."""
-    update: Any = tx.update
-    return Transformation(tx.init, dataclasses.replace(update, text=text))
+    return Transformation(tx.init, dataclasses.replace(update_of(tx), text=text))
 
 
-def with_name(tx: Transformation, name: str, arguments: Mapping[str, Any]) -> Transformation:
-    """Return the transformation under the name, in errors and repr, of the function called."""
-    source = source_of(tx)
-    if not isinstance(source, tuple):
-        tx = dataclasses.replace(source, name=name).transformation()
-    return with_repr(
-        tx, f"{name}({', '.join(f'{k}={_argument(v)}' for k, v in arguments.items())})"
-    )
+def update_of(tx: PyTree) -> Update:
+    """Return the `update` of one of our transformations, which has more than Optax's."""
+    return tx.update
 
 
-def source_of(tx: Any) -> Any:
+def source_of(tx: PyTree) -> Source:
     """Return what a transformation was made of; None for one of Optax's."""
     return getattr(getattr(tx, "update", None), "source", None)
 
 
-def emits_params(tx: Any) -> bool:
+def emits_params(tx: optax.GradientTransformation) -> bool:
     """Whether a transformation, ours or another, can apply its update to the parameters."""
     return getattr(tx.update, "emits_params", False)
 
 
-def is_last(tx: Any) -> bool:
+def is_exact(tx: optax.GradientTransformation) -> bool:
     """Whether nothing may change the updates of a transformation, because they are exact."""
-    return getattr(getattr(tx, "update", None), "last", False)
+    return getattr(getattr(tx, "update", None), "exact", False)
 
 
-def told(tx: optax.GradientTransformation) -> str:
-    """A transformation for a repr: of Optax's, what made it."""
+def describe(tx: optax.GradientTransformation) -> str:
+    """Return a transformation as a repr shows it: one of Optax's by what made it."""
     if isinstance(tx, Transformation):
         return repr(tx)
     made_by = getattr(tx.update, "__qualname__", "?")  # clip.<locals>.update_fn, as Optax has it
     return made_by.split(".")[0]
 
 
-def parts(tx: Any) -> Iterator[Any]:
-    """The engine's links inside a transformation, as far as it can be looked into."""
-    return (link for _, link in labelled_parts(tx))
-
-
-def labelled_parts(tx: Any, label: str = "") -> Iterator[tuple[str, Any]]:
-    """The same links, each with the label of the parameter group that it is for."""
+def links_of(tx: optax.GradientTransformation, label: str = "") -> Iterator[tuple[str, PyTree]]:
+    """Yield the engine's links inside a transformation, with the label of their parameter group."""
     source = source_of(tx)
     if isinstance(source, Mapping):
         for name, inner in source.items():
-            yield from labelled_parts(inner, name)
+            yield from links_of(inner, name)
     elif isinstance(source, tuple):
         for inner in source:
-            yield from labelled_parts(inner, label)
-    elif source is not None:
-        yield from ((label, link) for link in source.links)
-
-
-class _Signature(inspect.Signature):
-    """The signature of a constructor, by which `optax.inject_hyperparams` binds its arguments.
-
-    It takes every function for a schedule, a storage function, too. As it calls that with the step
-    count before the constructor runs, the function itself has to say what is wrong.
-    """
-
-    name: str
-
-    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        bound = super().bind(*args, **kwargs)
-        given = bound.arguments.get("storage")
-        if is_function(given):
-            bound.arguments["storage"] = errors.no_schedule(self.name, given)
-        return bound
-
-
-def constructor(make: Callable[P, Transformation]) -> Callable[P, Transformation]:
-    """Gives a constructor what all have in common: checked arguments, its name in errors, a repr.
-
-    Every number among the arguments is checked by its name before anything is built, so that the
-    error carries the name of the function that the user called.
-    """
-    signature = inspect.signature(make)
-    make.__doc__ = complete(inspect.getdoc(make) or "", signature)
-
-    @functools.wraps(make)
-    @errors.naming(make.__name__)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> Transformation:
-        bound = errors.arguments(signature, args, kwargs)
-        bound.apply_defaults()
-        for name, value in bound.arguments.items():
-            if errors.allowed(name) and value is not None:
-                errors.argument(name, value)
-        told = {
-            k: storage.described(v) if k == "storage" else v
-            for k, v in bound.arguments.items()
-            if isinstance(v, float) or v is not signature.parameters[k].default
-        }
-        return with_name(make(*args, **kwargs), make.__name__, told)
-
-    public: Any = checked
-    public.__signature__ = _Signature(
-        [*signature.parameters.values()], return_annotation=signature.return_annotation
-    )
-    public.__signature__.name = make.__name__
-    return checked
-
-
-def _argument(value: Any) -> str:
-    return getattr(value, "__name__", "schedule") if callable(value) else str(value)
+            yield from links_of(inner, label)
+    else:
+        yield from ((label, link) for link in getattr(source, "links", ()))

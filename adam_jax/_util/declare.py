@@ -5,10 +5,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-# What the engine hands to a rule that asks for it by name, beside the hyperparameters.
-INPUTS = ("t", "g", "p", "size")
+import jax
+
+from adam_jax._util.typing import PyTree
+
+INPUTS = ("t", "g", "p", "mean", "size")
+"""The keywords that the engine passes to a rule beside its hyperparameters."""
+
+Option: TypeAlias = bool | str | Callable[..., Any]
+"""An argument of a rule that is fixed when the optimizer is made."""
 
 
 class Moment(NamedTuple):
@@ -36,13 +43,13 @@ class Moment(NamedTuple):
         return self._replace(bound=bound)
 
 
-signed = Moment(signed=True)
+signed: Moment = Moment(signed=True)
 """A moment of either sign, such as an average of gradients."""
 
-positive = Moment(signed=False)
+positive: Moment = Moment(signed=False)
 """A moment that is never negative, such as an average of squared gradients."""
 
-running_max = Moment(signed=False, average=False)
+running_max: Moment = Moment(signed=False, average=False)
 """A largest value so far, which is never negative. Quantized storage rounds it down."""
 
 
@@ -52,21 +59,17 @@ class Rule:
 
     step: Callable[..., Any]
     moments: Mapping[str, Moment]
-    factor: Callable[..., Any] | None
     inputs: tuple[str, ...]
-    hyperparams: Mapping[str, Any]
-    options: Mapping[str, Any]
+    hyperparams: Mapping[str, PyTree]
+    options: Mapping[str, Option]
 
     @property
     def name(self) -> str:
         return self.step.__name__
 
-    @property
-    def averages(self) -> int:
-        """How many means over the leaf its factor takes."""
-        return len(inspect.signature(self.factor).parameters) if self.factor else 0
-
-    def bounds(self, moments: Sequence[Any], hyperparams: Mapping[str, Any]) -> list[Any]:
+    def bounds(
+        self, moments: Sequence[jax.Array], hyperparams: Mapping[str, PyTree]
+    ) -> list[jax.Array | None]:
         """Return the least that each moment can be, given all of them; None without a bound."""
         known = {**hyperparams, **dict(zip(self.moments, moments, strict=True))}
         return [
@@ -86,24 +89,26 @@ class Rule:
         return f"rule {self.name}({', '.join(self.moments)})"
 
 
-def rule(
-    *bare: Any, factor: Callable[..., Any] | None = None, **moments: Moment
-) -> Callable[[Callable[..., Any]], Rule]:
-    """Declare a variant of Adam: a function of one array, with the moments that it carries.
+def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
+    """Declare a variant of Adam: a function of one array, with the moments that it keeps.
 
     The decorated function takes the gradient, then its moments in the declared order, then by
-    keyword what it needs of: `t`, the step counted from 1; `p`, the parameter; `g`, the gradient
-    (for a rule whose first argument is another rule's direction); `size`, how many elements the
-    leaf has (an array that a rule is given may be a part of it); and its hyperparameters. A
-    hyperparameter named b1, b2, … is a decay rate, checked to be in [0, 1); eps must be ≥ 0. One
-    whose default is a bool, a string or a function is an option, fixed when the optimizer is made.
+    keyword any of these:
+
+    - `t`, the step, counted from 1;
+    - `p`, the parameter;
+    - `g`, the gradient, for a rule whose first argument is another rule's direction;
+    - `mean`: mean(x) is the mean of x over the whole leaf, and mean(x, y) are two means in one
+      pass. An array that a rule is given may be a part of the leaf, so `jnp.mean` isn't;
+    - `size`, how many elements the leaf has;
+    - its hyperparameters. One named b1, b2, … is a decay rate, checked to be in [0, 1); eps must be
+      ≥ 0. One whose default is a bool, a string, or a function is an option, fixed when the
+      optimizer is made.
+
     It returns the direction (what the learning rate multiplies and the parameter loses) and the new
     moments. Everything is float32 (float64 for float64 leaves) and has the leaf's shape.
 
     Args:
-      factor: for what needs a mean over the whole leaf. The rule then returns the tuple
-        (direction, x, …) in the direction's place, and the leaf's direction is multiplied by
-        factor(mean of x, …).
       **moments: `signed`, `positive`, or `running_max`, by name, which become the fields of the
         optimizer's state. `.starting_at(…)` gives a start other than 0, and `.at_least(…)` a bound
         that quantized storage keeps.
@@ -152,7 +157,6 @@ def rule(
         return Rule(
             step=step,
             moments=moments,
-            factor=factor,
             inputs=tuple(k for k in keywords if k in INPUTS),
             hyperparams={k: v for k, v in named.items() if k not in options},
             options=options,

@@ -6,10 +6,9 @@ import contextlib
 import contextvars
 import functools
 import inspect
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,103 +18,84 @@ from jax.core import Tracer
 
 from adam_jax._util.numerics import Decay
 from adam_jax._util.paths import leaves_with_path, path_string
+from adam_jax._util.typing import FROM_ZERO, UNIT, UP_TO_ONE, KeyPath, PyTree, Range
 
 if TYPE_CHECKING:
     from adam_jax._util.declare import Moment, Rule
 
 
-_caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="adam_jax")
+_function: contextvars.ContextVar[str] = contextvars.ContextVar("function", default="adam_jax")
 
 
 @contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Errors inside carry this name, unless an outer one was set: that is what the user called."""
-    token = _caller.set(name) if _caller.get() == "adam_jax" else None
+def error_context(name: str) -> Generator[None, None, None]:
+    """Begin the messages of errors with this name, unless a caller has set its own.
+
+    It works as a decorator and in a `with` statement.
+    """
+    token = _function.set(name) if _function.get() == "adam_jax" else None
     try:
         yield
     finally:
         if token:
-            _caller.reset(token)
+            _function.reset(token)
 
 
-def who() -> str:
-    """The name that the errors of the moment carry."""
-    return _caller.get()
+def value_error(message: str) -> ValueError:
+    """Return a ValueError whose message begins with the function that the user called."""
+    return ValueError(f"{_function.get()}: {message}")
 
 
-class Range(NamedTuple):
-    """The values that a hyperparameter may take."""
+def type_error(message: str) -> TypeError:
+    """Return a TypeError whose message begins with the function that the user called."""
+    return TypeError(f"{_function.get()}: {message}")
 
-    text: str
-    low: float
-    high: float = math.inf
-
-    def holds(self, x: float) -> bool:
-        return self.low <= x < self.high
-
-
-UNIT = Range("in [0, 1)", 0.0, 1.0)
-UP_TO_ONE = Range("in [0, 1]", 0.0, math.nextafter(1, 2))  # a sum is a momentum, too
-FROM_ZERO = Range(">= 0 and finite", 0.0)
-FROM_FOUR = Range(">= 4 and finite", 4.0)  # RAdam's rectification has no real value below
 
 DECAY_RATE = re.compile(r"b\d+|decay|momentum")
+_RANGES = {
+    "decay": UP_TO_ONE,
+    "momentum": UP_TO_ONE,
+    "learning_rate": FROM_ZERO,
+    "weight_decay": FROM_ZERO,
+    "eps": FROM_ZERO,
+    "eps_root": FROM_ZERO,
+    "initial_scale": FROM_ZERO,
+    "initial_accumulator_value": FROM_ZERO,
+}
 
 
 def is_decay_rate(name: str) -> bool:
-    """Whether a hyperparameter is a decay rate, which its name says."""
+    """Whether a hyperparameter is a decay rate, by the convention of its name."""
     return DECAY_RATE.fullmatch(name) is not None
 
 
-def allowed(name: str) -> Range | None:
-    """The range of an argument of our constructors, from its name; None where anything goes."""
-    if name == "threshold":
-        return FROM_FOUR
-    if name in ("momentum_decay", "alpha", "gamma", "a", "b"):
-        return FROM_ZERO
-    return _allowed_everywhere(name)
+def range_of(name: str) -> Range | None:
+    """Return the range of a rule's hyperparameter, by the convention of its name."""
+    return _RANGES.get(name, UNIT if is_decay_rate(name) else None)
 
 
-def _allowed_everywhere(name: str) -> Range | None:
-    """The range that a name has in everybody's rules."""
-    if name in ("decay", "momentum"):
-        return UP_TO_ONE
-    if is_decay_rate(name):
-        return UNIT
-    named = ("learning_rate", "weight_decay", "eps", "eps_root", "initial_scale")
-    return FROM_ZERO if name in (*named, "initial_accumulator_value") else None
-
-
-def argument(name: str, value: Any) -> None:
-    """An argument of one of our constructors must be in its range, where it is a number."""
-    _in_range(name, value, allowed(name))
-    hyperparam(name, value)
-
-
-def _in_range(name: str, value: Any, span: Range | None) -> None:
-    if span and isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{who()}: {name} must be a number {span.text}, got {value}; pass a float")
-    if span and isinstance(value, NUMBERS) and not span.holds(float(value)):
-        raise ValueError(f"{who()}: {name} must be {span.text}, got {value}")
+def in_range(name: str, value: Any, allowed: Range | None) -> None:
+    """Check a number; arrays, tracers, and schedules can't be looked at."""
+    if allowed and isinstance(value, (bool, np.bool_)):
+        raise type_error(f"{name} must be a number {allowed.text}, got {value}; pass a float")
+    if allowed and isinstance(value, NUMBERS) and not allowed.low <= value < allowed.high:
+        raise value_error(f"{name} must be {allowed.text}, got {value}")
 
 
 def hyperparam(name: str, value: Any) -> None:
-    """Numbers must be in range; arrays, tracers and schedules can't be looked at."""
+    """Check the type of a hyperparameter, and its range if it is a number."""
     if value is inspect.Parameter.empty:
-        raise TypeError(f"{who()}: the hyperparameter {name!r} has no default; give {name}=")
-    if isinstance(value, NUMBERS):
-        _in_range(name, value, _allowed_everywhere(name))
-    elif _is_schedule(value):
-        schedule(name, value)
-    elif isinstance(value, Decay):
+        raise type_error(f"the hyperparameter {name!r} has no default; give {name}=")
+    in_range(name, value, range_of(name))
+    if isinstance(value, (*NUMBERS, Decay)):
         return
+    if _is_schedule(value):
+        schedule(name, value)
     elif not _is_real_array(value):
-        raise TypeError(
-            f"{who()}: {name} must be a number, a scalar array or a schedule, got {value!r}"
-        )
+        raise type_error(f"{name} must be a number, a scalar array or a schedule, got {value!r}")
     elif value.ndim != 0:
-        raise ValueError(
-            f"{who()}: {name} must be a scalar, got an array of shape {value.shape}; "
+        raise value_error(
+            f"{name} must be a scalar, got an array of shape {value.shape}; "
             f"for a value per leaf use optax.partition, for a population jax.vmap"
         )
 
@@ -123,8 +103,8 @@ def hyperparam(name: str, value: Any) -> None:
 def schedule(name: str, value: Any) -> None:
     """A schedule must take one argument, the step count."""
     if not _takes(value, 1):
-        raise TypeError(
-            f"{who()}: {name} must be a number, a scalar array or a schedule, which is a function "
+        raise type_error(
+            f"{name} must be a number, a scalar array or a schedule, which is a function "
             f"of the step count, got {_shown(value)}, which cannot be called with one argument; "
             f"write lambda count: ..., or call the function that makes the schedule, e.g. "
             f"optax.cosine_decay_schedule(1e-3, 10_000)"
@@ -141,23 +121,23 @@ def scheduled(name: str, value: Any) -> None:
             f"{_shown(value)}; call the function that makes the schedule, e.g. "
             f"optax.constant_schedule(1e-3)"
         )
-    raise TypeError(f"{who()}: the schedule of {name} must return a scalar, got {got}")
+    raise type_error(f"the schedule of {name} must return a scalar, got {got}")
 
 
 def storage_function(function: Any) -> None:
     """A function given for `storage` must take a path and a leaf."""
     if not _takes(function, 2):
-        raise TypeError(
-            f"{who()}: storage must be a format or a function of two arguments, (path, leaf), got "
+        raise type_error(
+            f"storage must be a format or a function of two arguments, (path, leaf), got "
             f"{_shown(function)}, which cannot be called with two; write lambda path, leaf: ..."
         )
 
 
-def no_schedule(caller: str, function: Any) -> Any:
+def no_schedule(caller: str, function: Any) -> PyTree:
     """Return the storage function, which raises our error if it is called like a schedule."""
 
     @functools.wraps(function)
-    def checked(*args: Any) -> Any:
+    def checked(*args: PyTree) -> PyTree:
         if len(args) == 1:
             raise TypeError(
                 f"{caller}: storage must be called with a path and a leaf, got a step count: "
@@ -211,15 +191,15 @@ def transformation(name: str, value: Any, usage: str) -> None:
         fix = "pass its elements as separate arguments, e.g. adam_jax.chain(clip, adamw)"
     elif hasattr(value, "__name__"):  # a model may be callable, too
         fix = f"call it first, e.g. {name_of(value)}(1e-3)"
-    raise TypeError(f"{who()}: {name} must be an Optax transformation, got {got}; {fix}")
+    raise type_error(f"{name} must be an Optax transformation, got {got}; {fix}")
 
 
 def maker(value: Any, usage: str) -> None:
     """A constructor must be given as the function that it is, not called."""
     if not callable(value):
         got = "a transformation" if is_transformation(value) else _shown(value)
-        raise TypeError(
-            f"{who()}: constructor must be a function that makes a transformation, got {got}; "
+        raise type_error(
+            f"constructor must be a function that makes a transformation, got {got}; "
             f"pass the function and its arguments apart, {usage}"
         )
 
@@ -227,14 +207,14 @@ def maker(value: Any, usage: str) -> None:
 def mapping(name: str, value: Any, usage: str) -> None:
     if not isinstance(value, Mapping):
         got = repr(value) if isinstance(value, (list, tuple, str)) else _shown(value)
-        raise TypeError(f"{who()}: {name} must be a mapping, got {got}; write {usage}")
+        raise type_error(f"{name} must be a mapping, got {got}; write {usage}")
 
 
 def torch_state(value: Any) -> None:
     """A PyTorch optimizer's state dict has these two keys; a model's has not."""
     if not (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()):
-        raise TypeError(
-            f"{who()}: state_dict must be a mapping with 'state' and 'param_groups', got "
+        raise type_error(
+            f"state_dict must be a mapping with 'state' and 'param_groups', got "
             f"{_shown(value)}; pass optimizer.state_dict()"
         )
 
@@ -256,18 +236,16 @@ def _is_real_array(value: Any) -> bool:
 
 
 def arguments(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    signature: inspect.Signature, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]
 ) -> inspect.BoundArguments:
     """The arguments of a call by their names."""
     try:
         return signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(
-            f"{who()}: {error}; its arguments are {', '.join(signature.parameters)}"
-        ) from None
+        raise type_error(f"{error}; its arguments are {', '.join(signature.parameters)}") from None
 
 
-def a_rule(caller: str, rule: Any, kind: type[Any]) -> None:
+def a_rule(caller: str, rule: Any, kind: type) -> None:
     if not isinstance(rule, kind):
         raise TypeError(
             f"{caller}: needs a rule, got {rule!r}; declare one with @adam_jax.rule, or take one "
@@ -279,18 +257,18 @@ def choice(name: str, value: Any, options: Iterable[str]) -> None:
     options = list(options)
     if not isinstance(value, str) or value not in options:
         listed = ", ".join(repr(o) for o in options)
-        raise ValueError(f"{who()}: {name} must be one of {listed}, got {value!r}")
+        raise value_error(f"{name} must be one of {listed}, got {value!r}")
 
 
-def known_hyperparams(given: Iterable[str], known: Mapping[str, Any]) -> None:
+def known_hyperparams(given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
-            raise TypeError(
-                f"{who()}: there is no hyperparameter {name!r}; it has {', '.join(known) or 'none'}"
+            raise type_error(
+                f"there is no hyperparameter {name!r}; it has {', '.join(known) or 'none'}"
             )
 
 
-def leaf(what: str, path: tuple[Any, ...], x: Any) -> None:
+def leaf(what: str, path: KeyPath, x: PyTree) -> None:
     """A parameter or gradient must be a floating-point or complex array, or a Python number."""
     dtype = getattr(x, "dtype", None)
     if isinstance(x, (int, float, complex)) and not isinstance(x, bool):
@@ -298,62 +276,62 @@ def leaf(what: str, path: tuple[Any, ...], x: Any) -> None:
     if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
         return
     kind = "a PRNG key" if _is_key(dtype) else f"of type {dtype or type(x).__name__}"
-    raise TypeError(
-        f"{who()}: {_at(what, path)} is {kind}, which has no gradient to follow; keep it "
+    raise type_error(
+        f"{_at(what, path)} is {kind}, which has no gradient to follow; keep it "
         f"out of the optimizer, e.g. with optax.masked or optax.partition, or make it a float"
     )
 
 
-def _is_key(dtype: Any) -> bool:
+def _is_key(dtype: PyTree) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _at(what: str, path: tuple[Any, ...]) -> str:
+def _at(what: str, path: KeyPath) -> str:
     """'the gradient of' with the leaf's path, which a tree of one leaf has not."""
     return f"{what} {path_string(path)!r}" if path else what.removesuffix(" of")
 
 
-def _equal_shapes(path: tuple[Any, ...], gradient: Any, what: str, other: Any) -> None:
+def _equal_shapes(path: KeyPath, gradient: PyTree, what: str, other: PyTree) -> None:
     if not isinstance(other, (*NUMBERS, complex)) and not hasattr(other, "shape"):
-        raise ValueError(
-            f"{who()}: {_at('the gradient of', path)} is one array, its {what} is a "
+        raise value_error(
+            f"{_at('the gradient of', path)} is one array, its {what} is a "
             f"{type(other).__name__}; pass the tree that init was given"
         )
     if np.shape(gradient) != np.shape(other):
-        raise ValueError(
-            f"{who()}: {_at('the gradient of', path)} has shape {np.shape(gradient)}, its "
+        raise value_error(
+            f"{_at('the gradient of', path)} has shape {np.shape(gradient)}, its "
             f"{what} {np.shape(other)}; they must be equal (nothing is broadcast)"
         )
 
 
-def moment(path: tuple[Any, ...], gradient: Any, name: str, declared: Moment, stored: Any) -> None:
+def moment(path: KeyPath, gradient: PyTree, name: str, declared: Moment, stored: PyTree) -> None:
     """A stored moment must fit the gradient of its leaf."""
     if stored is None:
-        raise ValueError(
-            f"{who()}: {_at('the parameter', path)} has a gradient but no {name} in the state; "
+        raise value_error(
+            f"{_at('the parameter', path)} has a gradient but no {name} in the state; "
             f"it was None when init was called: make the state anew"
         )
     _equal_shapes(path, gradient, name, stored)
     if declared.signed and jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(stored):
-        raise ValueError(
-            f"{who()}: {_at(f'{name} of the complex leaf', path)} is stored as {stored.dtype} "
+        raise value_error(
+            f"{_at(f'{name} of the complex leaf', path)} is stored as {stored.dtype} "
             f"and would lose its imaginary part; choose a complex dtype, or none"
         )
 
 
-def scales(path: tuple[Any, ...], name: str, codes: Any, scales: Any, block: int) -> None:
+def scales(path: KeyPath, name: str, codes: PyTree, scales: PyTree, block: int) -> None:
     """The scales of a coded moment must be those of its format's blocks."""
     wanted = (*codes.shape[:-1], -(-codes.shape[-1] // block))
     if scales.shape != wanted:
-        raise ValueError(
-            f"{who()}: {_at(f'{name} of', path)} has codes of shape {codes.shape} and scales of "
+        raise value_error(
+            f"{_at(f'{name} of', path)} has codes of shape {codes.shape} and scales of "
             f"shape {scales.shape}; blocks of {block} need {wanted}: the state was coded with "
             f"another block size; make it anew, or restore it with the version that wrote it"
         )
 
 
 def parameter(
-    path: tuple[Any, ...], gradient: Any, p: Any, rules: Sequence[Rule], applied: bool
+    path: KeyPath, gradient: PyTree, p: PyTree, rules: Sequence[Rule], applied: bool
 ) -> None:
     """Parameters have the gradients' shapes; rules that use them and applied updates need them."""
     if p is None and not rules and not applied:
@@ -362,14 +340,14 @@ def parameter(
         needy = "apply" if applied else rules[0].name
         if rules and "weight_decay" in rules[0].hyperparams:
             needy = "weight_decay"
-        raise ValueError(
-            f"{who()}: {needy} needs the parameters, and {_at('the gradient of', path)} came "
+        raise value_error(
+            f"{needy} needs the parameters, and {_at('the gradient of', path)} came "
             f"without one; call update(gradients, state, params)"
         )
     _equal_shapes(path, gradient, "parameter", p)
 
 
-def returned(rule: Rule, out: Any) -> None:
+def returned(rule: Rule, out: PyTree) -> None:
     """A rule with moments must return a tuple of its direction and them."""
     wanted = ("direction", *rule.moments)
     if not isinstance(out, tuple) or len(out) != len(wanted):
@@ -380,19 +358,9 @@ def returned(rule: Rule, out: Any) -> None:
         )
 
 
-def averaged(rule: Rule, direction: Any) -> None:
-    """A rule with a factor must return what it averages beside its direction."""
-    wanted = rule.averages
-    if not isinstance(direction, tuple) or len(direction) != 1 + wanted:
-        raise ValueError(
-            f"rule {rule.name}: with a factor of {wanted} arguments the direction must be a tuple "
-            f"(direction, {', '.join(['x'] * wanted)}), got a {type(direction).__name__}"
-        )
-
-
-def outputs(rule: Rule, u: Any, old: Sequence[Any], direction: Any, new: Sequence[Any]) -> None:
+def outputs(rule: Rule, u: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]) -> None:
     """A rule must return a direction and its moments, shaped and typed as they came."""
-    named = zip(("direction", *rule.moments), (u, *old), (direction, *new), strict=True)
+    named = zip(("direction", *rule.moments), (u, *old), new, strict=True)
     for name, before, after in named:
         want = f"shape {before.shape} and dtype {before.dtype}"
         if not hasattr(after, "dtype") or not hasattr(after, "shape"):
@@ -404,7 +372,7 @@ def outputs(rule: Rule, u: Any, old: Sequence[Any], direction: Any, new: Sequenc
             )
 
 
-def structure(what: str, gradients: Any, tree: Any) -> ValueError:
+def structure(what: str, gradients: PyTree, tree: PyTree) -> ValueError:
     """The error for gradients whose structure is not that of the parameters or the state."""
     ours, theirs = (_paths(t) for t in (gradients, tree))
     missing, extra = sorted(theirs - ours), sorted(ours - theirs)
@@ -415,17 +383,17 @@ def structure(what: str, gradients: Any, tree: Any) -> ValueError:
         if missing or extra
         else f"{jax.tree.structure(gradients)} against {jax.tree.structure(tree)}",
     ]
-    return ValueError(
-        f"{who()}: the gradients and the {what} have different structures "
+    return value_error(
+        f"the gradients and the {what} have different structures "
         f"({'; '.join(f for f in found if f)}); pass the tree that init was given"
     )
 
 
-def _paths(tree: Any) -> set[str]:
+def _paths(tree: PyTree) -> set[str]:
     return {path_string(path) or "one array" for path, _ in leaves_with_path(tree)}
 
 
-def states(state: Any, expected: Sequence[type[Any]], masked: Sequence[bool], bare: bool) -> None:
+def states(state: PyTree, expected: Sequence[type], masked: Sequence[bool], bare: bool) -> None:
     """A state must be what this optimizer's init makes, at least in its outline."""
     got = [state] if bare else state
     if isinstance(got, (tuple, list)) and len(got) == len(expected):
@@ -439,13 +407,13 @@ def states(state: Any, expected: Sequence[type[Any]], masked: Sequence[bool], ba
         f"MaskedState({e.__name__})" if m else e.__name__
         for e, m in zip(expected, masked, strict=True)
     )
-    raise ValueError(
-        f"{who()}: this state is not of its making: got {_outline(state)}, init makes "
+    raise value_error(
+        f"this state is not of its making: got {_outline(state)}, init makes "
         f"{made if bare else f'({made})'}; use the state of the same optimizer, or make a new one"
     )
 
 
-def _outline(state: Any) -> str:
+def _outline(state: PyTree) -> str:
     if type(state) is tuple:
         return f"({', '.join(map(_outline, state))})"
     if isinstance(state, optax.MaskedState):
@@ -453,33 +421,34 @@ def _outline(state: Any) -> str:
     return type(state).__name__
 
 
-def mask(given: Any, gradients: Any, kind: type[Exception] = ValueError) -> Exception:
-    """The error for a mask that is not a tree of bools that the gradients' tree begins with."""
-    return kind(
-        f"{who()}: the mask of weight_decay, {given!r}, must be a tree of bools with the "
+def mask(given: PyTree, gradients: PyTree, *, no_tree: bool = False) -> Exception:
+    """Return the error for a mask that isn't a tree of bools, or not a prefix of the gradients."""
+    error = type_error if no_tree else value_error
+    return error(
+        f"the mask of weight_decay, {given!r}, must be a tree of bools with the "
         f"gradients' structure or a prefix of it, or a function that returns one, such as "
         f"adam_jax.not_matching('bias'); the gradients have {jax.tree.structure(gradients)}"
     )
 
 
-def no_step_count(name: str, state: type[Any]) -> None:
-    raise ValueError(
-        f"{who()}: {name} cannot be a schedule, because {state.__name__} has no step count; "
+def no_step_count(name: str, state: type) -> None:
+    raise value_error(
+        f"{name} cannot be a schedule, because {state.__name__} has no step count; "
         f"wrap the constructor in optax.inject_hyperparams"
     )
 
 
-def one_mask(mask: Any, weight_decay_mask: Any) -> Any:
+def one_mask(mask: PyTree, weight_decay_mask: PyTree) -> PyTree:
     if mask is not None and weight_decay_mask is not None:
-        raise ValueError(f"{who()}: mask and weight_decay_mask are one argument; give one of them")
+        raise value_error("mask and weight_decay_mask are one argument; give one of them")
     return weight_decay_mask if mask is None else mask
 
 
-def only_eps(eps_root: Any, nesterov: bool) -> None:
+def only_eps(eps_root: PyTree, nesterov: bool) -> None:
     # an array may be the 0 that inject_hyperparams made of the default
     if nesterov or callable(eps_root) or (isinstance(eps_root, NUMBERS) and eps_root != 0):
-        raise ValueError(
-            f"{who()}: eps_hat=True has neither eps_root nor nesterov, got eps_root={eps_root}, "
+        raise value_error(
+            f"eps_hat=True has neither eps_root nor nesterov, got eps_root={eps_root}, "
             f"nesterov={nesterov}; leave them out, or eps_hat"
         )
 
@@ -500,26 +469,26 @@ def not_one(caller: str, what: str, found: int) -> None:
     )
 
 
-def mask_without_decay(weight_decay: Any, mask: Any) -> None:
+def mask_without_decay(weight_decay: PyTree, mask: PyTree) -> None:
     if weight_decay is None and mask is not None:
-        raise ValueError(
-            f"{who()}: weight_decay_mask is given, but weight_decay is None; give weight_decay="
+        raise value_error(
+            "weight_decay_mask is given, but weight_decay is None; give weight_decay="
         )
 
 
 def above_zero(name: str, value: Any) -> None:
     if isinstance(value, NUMBERS) and not value > 0:
-        raise ValueError(f"{who()}: {name} must be > 0, got {value}")
+        raise value_error(f"{name} must be > 0, got {value}")
 
 
 def at_least(low: int, name: str, value: Any) -> None:
     if isinstance(value, NUMBERS) and not value >= low:
-        raise ValueError(f"{who()}: {name} must be >= {low}, or None for none, got {value}")
+        raise value_error(f"{name} must be >= {low}, or None for none, got {value}")
 
 
 def not_a_schedule(name: str, value: Any, because: str = " here") -> None:
     if callable(value):
-        raise ValueError(f"{who()}: {name} cannot be a schedule{because}; give a number")
+        raise value_error(f"{name} cannot be a schedule{because}; give a number")
 
 
 def no_derivative(because: str) -> TypeError:
@@ -532,13 +501,13 @@ def no_derivative(because: str) -> TypeError:
 
 def not_convertible(moments: Iterable[Sequence[str]], why: str) -> None:
     named = "; ".join(", ".join(names) for names in moments)
-    raise ValueError(
-        f"{who()}: the moments {named}, {why}; convert between states of one variant and of the "
+    raise value_error(
+        f"the moments {named}, {why}; convert between states of one variant and of the "
         f"same parameters, or start anew with tx.init(params)"
     )
 
 
-def chained(state: Any, parts: int) -> None:
+def chained(state: PyTree, parts: int) -> None:
     """The state of a chain must have one for each of its parts."""
     if not isinstance(state, (tuple, list)) or hasattr(state, "_fields") or len(state) != parts:
         raise ValueError(
@@ -549,32 +518,32 @@ def chained(state: Any, parts: int) -> None:
 
 def number_of(name: str, value: Any, options: Sequence[int]) -> None:
     if value not in options:
-        raise ValueError(f"{who()}: {name} must be {' or '.join(map(str, options))}, got {value!r}")
+        raise value_error(f"{name} must be {' or '.join(map(str, options))}, got {value!r}")
 
 
 def seed(value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
-        raise ValueError(f"{who()}: seed must be an integer from 0 to 2**32 - 1, got {value!r}")
+        raise value_error(f"seed must be an integer from 0 to 2**32 - 1, got {value!r}")
 
 
-def parameters_given(params: Any) -> None:
+def parameters_given(params: PyTree) -> None:
     if params is None:
-        raise ValueError(
-            f"{who()}: needs the parameters, which it rounds; call update(gradients, state, params)"
+        raise value_error(
+            "needs the parameters, which it rounds; call update(gradients, state, params)"
         )
 
 
-def no_wider_than_float32(path: tuple[Any, ...], x: Any) -> None:
+def no_wider_than_float32(path: KeyPath, x: PyTree) -> None:
     """What is kept below a parameter makes it float32: there is nothing to keep below a float64."""
     dtype = getattr(x, "dtype", None)
     if dtype in (jnp.float64, jnp.complex128):
-        raise ValueError(
-            f"{who()}: {_at('the parameter', path)} is {dtype}, and masters are float32; keep it "
+        raise value_error(
+            f"{_at('the parameter', path)} is {dtype}, and masters are float32; keep it "
             f"out, e.g. with optax.partition, or make it bfloat16 or float32"
         )
 
 
-def rest(path: tuple[Any, ...], p: Any, rest: Any, dtype: Any) -> None:
+def rest(path: KeyPath, p: PyTree, rest: PyTree, dtype: PyTree) -> None:
     """What is kept below a parameter must be what init made for it."""
     if dtype is None or p is None:
         return
@@ -582,31 +551,31 @@ def rest(path: tuple[Any, ...], p: Any, rest: Any, dtype: Any) -> None:
     wanted = np.shape(p) if narrow else (1,) * np.ndim(p)
     if rest is None or rest.shape != wanted or rest.dtype != dtype:
         got = "nothing" if rest is None else f"{rest.dtype}{list(rest.shape)}"
-        raise ValueError(
-            f"{who()}: below {_at('the parameter', path)}, which is {jnp.result_type(p)}, the "
+        raise value_error(
+            f"below {_at('the parameter', path)}, which is {jnp.result_type(p)}, the "
             f"state keeps {got} where {jnp.dtype(dtype)}{list(wanted)} belongs; its dtype, or "
             f"bits=, was another when init was called: make the state anew"
         )
 
 
-def as_many(parameters: Sequence[Any], rests: Sequence[Any]) -> None:
+def as_many(parameters: Sequence[PyTree], rests: Sequence[PyTree]) -> None:
     if len(parameters) != len(rests):
-        raise ValueError(
-            f"{who()}: {len(parameters)} parameters were given, and the state keeps the bits below "
+        raise value_error(
+            f"{len(parameters)} parameters were given, and the state keeps the bits below "
             f"{len(rests)}; pass the parameters that belong to the state"
         )
 
 
-def nothing_after(exact: Iterable[Any]) -> None:
+def nothing_after(exact: Iterable[optax.GradientTransformation]) -> None:
     """Transformations whose updates are exact must be the last to touch them."""
     for tx in exact:
-        raise ValueError(
-            f"{who()}: {tx!r} computes updates that land exactly, and nothing may change them; "
+        raise value_error(
+            f"{tx!r} computes updates that land exactly, and nothing may change them; "
             f"put it outermost, e.g. master_weights(chain(clip, adamw))"
         )
 
 
-def on_explicit_mesh(mesh: Any, tree: Any) -> None:
+def on_explicit_mesh(mesh: PyTree, tree: PyTree) -> None:
     """Under jit, arrays must be on a mesh with explicit axes before they can be resharded."""
     if jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return
@@ -614,8 +583,8 @@ def on_explicit_mesh(mesh: Any, tree: Any) -> None:
         return
     for path, x in leaves_with_path(tree):
         if isinstance(x, Tracer) and jax.typeof(x).sharding.mesh.empty:
-            raise ValueError(
-                f"{who()}: {_at('the gradient of', path)} must be on the mesh, whose axes are "
+            raise value_error(
+                f"{_at('the gradient of', path)} must be on the mesh, whose axes are "
                 f"explicit, got an array on one device; put the parameters on the mesh, e.g. "
                 f"jax.device_put(params, NamedSharding(mesh, PartitionSpec())), or step inside "
                 f"jax.set_mesh(mesh)"
@@ -629,7 +598,7 @@ def no_mesh(caller: str) -> ValueError:
     )
 
 
-def mesh_axis(caller: str, mesh: Any, axis: str) -> None:
+def mesh_axis(caller: str, mesh: PyTree, axis: str) -> None:
     if not isinstance(getattr(mesh, "shape", None), Mapping):
         raise TypeError(
             f"{caller}: mesh must be a jax.sharding.Mesh, got {_shown(mesh)}; make one, e.g. "
@@ -643,7 +612,7 @@ def mesh_axis(caller: str, mesh: Any, axis: str) -> None:
 
 
 @contextlib.contextmanager
-def needing_extra(what: str) -> Iterator[None]:
+def needing_extra(what: str) -> Generator[None, None, None]:
     """A missing package is called by its name, with the command that installs it."""
     try:
         yield

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from adam_jax._util.typing import Numeric, PyTree, Scalar
 
 TINY = 2.0**-126
 """The least normal number of float32; XLA takes smaller ones for 0."""
 
 
-def arithmetic_dtype(*dtypes: jax.typing.DTypeLike) -> Any:
+def arithmetic_dtype(*dtypes: jax.typing.DTypeLike) -> np.dtype:
     """float32, or wider where a dtype is: what is computed in, whatever is stored."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
@@ -34,58 +34,58 @@ class Decay:
     1e-06
     """
 
-    value: chex.Numeric
-    log: chex.Numeric
-    complement: chex.Numeric
+    value: Scalar
+    log: Scalar
+    complement: Scalar
 
     __array_ufunc__ = None  # NumPy scalars leave the arithmetic to us
 
     def __jax_array__(self) -> jax.Array:
         return jnp.asarray(self.value)
 
-    def __add__(self, x: Any) -> Any:
+    def __add__(self, x: Scalar) -> Scalar:
         return self.value + x
 
-    def __sub__(self, x: Any) -> Any:
+    def __sub__(self, x: Scalar) -> Scalar:
         return self.value - x
 
-    def __rsub__(self, x: Any) -> Any:
+    def __rsub__(self, x: Scalar) -> Scalar:
         exact = isinstance(x, (int, float)) and x == 1
         return self.complement if exact else x - self.value
 
-    def __mul__(self, x: Any) -> Any:
+    def __mul__(self, x: Scalar) -> Scalar:
         return self.value * x
 
-    def __truediv__(self, x: Any) -> Any:
+    def __truediv__(self, x: Scalar) -> Scalar:
         return self.value / x
 
-    def __rtruediv__(self, x: Any) -> Any:
+    def __rtruediv__(self, x: Scalar) -> Scalar:
         return x / self.value
 
-    def __pow__(self, t: Any) -> Decay:
+    def __pow__(self, t: Scalar) -> Decay:
         log = t * self.log
         return Decay(jnp.exp(log), log, -jnp.expm1(log))
 
-    def __rpow__(self, x: Any) -> Any:
+    def __rpow__(self, x: Scalar) -> Scalar:
         return x**self.value
 
-    def __abs__(self) -> Any:
+    def __abs__(self) -> Scalar:
         return self.value
 
-    def __neg__(self) -> Any:
+    def __neg__(self) -> Scalar:
         return 0 - self.value
 
-    def __lt__(self, x: Any) -> Any:
+    def __lt__(self, x: Scalar) -> PyTree:
         return self.value < x
 
-    def __gt__(self, x: Any) -> Any:
+    def __gt__(self, x: Scalar) -> PyTree:
         return self.value > x
 
     __radd__ = __add__
     __rmul__ = __mul__
 
 
-def decay_rate(b: Any) -> Decay:
+def decay_rate(b: Decay | Numeric) -> Decay:
     """b with its logarithm and complement: in double on the host for a number, traced otherwise.
 
     A traced b that rounded up to 1 in its own dtype (0.999 does in bfloat16) becomes the largest
@@ -106,18 +106,18 @@ def decay_rate(b: Any) -> Decay:
     return Decay(b, jnp.log(b), 1 - b)
 
 
-def ema(b: Decay | chex.Numeric, m: jax.Array, x: jax.Array) -> jax.Array:
+def ema(b: Decay | Numeric, m: jax.Array, x: jax.Array) -> jax.Array:
     """Exponential moving average: b·m + (1 - b)·x."""
     b = decay_rate(b)
     return jnp.asarray(b.value * m + b.complement * x)
 
 
-def debias(m: chex.Numeric, b: Decay | chex.Numeric, t: chex.Numeric) -> jax.Array:
+def debias(m: Numeric, b: Decay | Numeric, t: Numeric) -> jax.Array:
     """m / (1 - b^t): the average of t values of an `ema` that started at zero."""
     return jnp.asarray(m / -jnp.expm1(t * decay_rate(b).log))
 
 
-def least_square(mu: jax.Array, b1: Decay | chex.Numeric, b2: Decay | chex.Numeric) -> jax.Array:
+def least_square(mu: jax.Array, b1: Decay | Numeric, b2: Decay | Numeric) -> jax.Array:
     """Return the least that ema(b2, g²) can be, given mu = ema(b1, g): nu ≥ c·mu².
 
     By Cauchy–Schwarz c = (1 - b2)(1 - b1²/b2)/(1 - b1)², for b1² < b2. So Adam's step is at most
@@ -128,7 +128,7 @@ def least_square(mu: jax.Array, b1: Decay | chex.Numeric, b2: Decay | chex.Numer
     return jnp.maximum(overlap, 0) * b2.complement / (b1.complement * b1.complement) * (mu * mu)
 
 
-def least_norm(mu: jax.Array, b1: Decay | chex.Numeric, b2: Decay | chex.Numeric) -> jax.Array:
+def least_norm(mu: jax.Array, b1: Decay | Numeric, b2: Decay | Numeric) -> jax.Array:
     """Return the least that AdaMax's norm can be, given mu = ema(b1, g), for b1 < b2.
 
     The norm is at least b2^i·|g| for the gradient of i steps ago, and mu a sum of (1 - b1)·b1^i·g.
@@ -150,12 +150,12 @@ def sqrt(x: jax.Array) -> jax.Array:
 
 
 @sqrt.defjvp
-def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
+def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     y = sqrt(primals[0])
     return y, tangents[0] * jnp.where(y > 0, 0.5 / jnp.where(y > 0, y, 1), 0)
 
 
-def averaging_length(b: Decay | chex.Numeric, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+def averaging_length(b: Decay | Numeric, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """RAdam's ρ_t and ρ_∞: how many values an `ema` averages after t steps, and finally.
 
     ρ_∞ = 2/(1-b) - 1 and ρ_t = ρ_∞ - 2t·b^t/(1-b^t) cancel to nothing as b approaches 1. With
@@ -179,9 +179,7 @@ def _langevin(y: jax.Array) -> jax.Array:
     return y / fraction
 
 
-def momentum_product(
-    b: Decay | chex.Numeric, momentum_decay: chex.Numeric, t: chex.Numeric
-) -> jax.Array:
+def momentum_product(b: Decay | Numeric, momentum_decay: Numeric, t: Numeric) -> jax.Array:
     """NAdam's Π_{i≤t} μ_i with μ_i = b·(1 - ½·0.96^(i·momentum_decay)), without a state for it.
 
     From log(1 - x) = -Σ_k x^k/k with x = ½·r^i, summed over i first: a geometric series for each k.

@@ -11,19 +11,21 @@ import collections
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from adam_jax._util.typing import KeyPath, PyTree
 
-def path_string(path: tuple[Any, ...]) -> str:
+
+def path_string(path: KeyPath) -> str:
     """Return a key path as "layers/0/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def is_box(x: Any) -> bool:
+def is_box(x: PyTree) -> bool:
     """Whether this is a box of Flax (NNX's Variable, or Linen's Partitioned and its like).
 
     An empty box, such as `optax.masked` makes, is none: it has no leaf.
@@ -32,7 +34,7 @@ def is_box(x: Any) -> bool:
     return boxed and bool(jax.tree.leaves(x))
 
 
-def unbox(x: Any) -> Any:
+def unbox(x: PyTree) -> PyTree:
     """Return the content of a box; anything else as it is.
 
     Linen's own `unbox` would constrain the content to the sharding that the box names.
@@ -42,7 +44,7 @@ def unbox(x: Any) -> Any:
     return next(iter(jax.tree.leaves(x, is_leaf=lambda y: y is not x)), None)
 
 
-def rebox(box: Any, content: Any) -> Any:
+def rebox(box: PyTree, content: PyTree) -> PyTree:
     """Return `content` in a box like this one, or as it is if this is no box."""
     if not is_box(box):
         return content
@@ -50,16 +52,16 @@ def rebox(box: Any, content: Any) -> Any:
     return structure.unflatten([content] * structure.num_leaves)
 
 
-def leaves_with_path(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+def leaves_with_path(tree: PyTree) -> list[tuple[KeyPath, PyTree]]:
     """Return the leaves with their key paths, out of their boxes."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
     return [(path, unbox(x)) for path, x in leaves if unbox(x) is not None]
 
 
-def map_with_path(f: Callable[[tuple[Any, ...], Any], Any], tree: Any) -> Any:
+def map_with_path(f: Callable[[KeyPath, PyTree], PyTree], tree: PyTree) -> PyTree:
     """Return the tree of f(key path, leaf), in the same boxes."""
 
-    def in_box(path: tuple[Any, ...], x: Any) -> Any:
+    def in_box(path: KeyPath, x: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: f(path, leaf), x)
 
     return jax.tree_util.tree_map_with_path(in_box, tree, is_leaf=is_box)
@@ -69,7 +71,7 @@ Key: TypeAlias = tuple[str, int]
 """The path of a leaf, and how many leaves before it have the same path."""
 
 
-def keys(paths: Iterable[tuple[Any, ...]]) -> list[Key]:
+def keys(paths: Iterable[KeyPath]) -> list[Key]:
     """Return a distinct key for each leaf: {"a/b": x, "a": {"b": y}} has two leaves at "a/b"."""
     seen: collections.Counter[str] = collections.Counter()
     found = []
@@ -79,13 +81,13 @@ def keys(paths: Iterable[tuple[Any, ...]]) -> list[Key]:
     return found
 
 
-def by_key(tree: Any) -> dict[Key, Any]:
+def by_key(tree: PyTree) -> dict[Key, PyTree]:
     """Return the leaves of a tree, out of their boxes, by their keys."""
     leaves = leaves_with_path(tree)
     return dict(zip(keys(path for path, _ in leaves), (x for _, x in leaves), strict=True))
 
 
-def matching(*patterns: str) -> Callable[[Any], Any]:
+def matching(*patterns: str) -> Callable[[PyTree], PyTree]:
     """A mask that is True on the leaves whose path contains a match of any pattern.
 
     Args:
@@ -106,7 +108,7 @@ def matching(*patterns: str) -> Callable[[Any], Any]:
     return _mask("matching", patterns, wanted=True)
 
 
-def not_matching(*patterns: str) -> Callable[[Any], Any]:
+def not_matching(*patterns: str) -> Callable[[PyTree], PyTree]:
     """The opposite of `matching`: True on every leaf whose path matches none of the patterns.
 
     >>> import jax.numpy as jnp
@@ -116,11 +118,11 @@ def not_matching(*patterns: str) -> Callable[[Any], Any]:
     return _mask("not_matching", patterns, wanted=False)
 
 
-def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[Any], Any]:
+def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[PyTree], PyTree]:
     found = search("matching", *patterns)
     warned = False
 
-    def warn_without_match(tree: Any) -> None:
+    def warn_without_match(tree: PyTree) -> None:
         nonlocal warned
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_hidden)
         paths = [path_string(path) for path, _ in leaves]
@@ -137,7 +139,7 @@ def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[
             stacklevel=3,
         )
 
-    def mask(tree: Any) -> Any:
+    def mask(tree: PyTree) -> PyTree:
         if hasattr(tree, "dtype") and jnp.issubdtype(tree.dtype, jnp.integer):
             raise TypeError(
                 f"{caller}: got a number in the place of parameters; under "
@@ -153,7 +155,7 @@ def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[
     return mask
 
 
-def _is_hidden(x: Any) -> bool:
+def _is_hidden(x: PyTree) -> bool:
     """Whether a leaf is kept from a transformation, by a mask or as None."""
     return x is None or isinstance(x, optax.MaskedNode)
 

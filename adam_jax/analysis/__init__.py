@@ -1,1 +1,1 @@
-"""What an optimizer costs and does: memory reports, diagnostics, comparisons, and their plots."""
+"""Memory reports, diagnostics, comparisons of optimizers, and their figures."""

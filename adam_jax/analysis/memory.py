@@ -1,13 +1,12 @@
-"""What an optimizer will cost, before anything is allocated."""
+"""The memory that an optimizer needs, computed before anything is allocated."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,31 +16,35 @@ from adam_jax import storage
 from adam_jax._engine.state import named_tuples, stored_moments
 from adam_jax._util import errors
 from adam_jax._util.paths import leaves_with_path, path_string
+from adam_jax._util.typing import PyTree
+from adam_jax.analysis._table import text_table
+from adam_jax.storage import _moments
 from adam_jax.transforms.master_weights import MasterWeightsState
 from adam_jax.transforms.zero import state_sharding
 
 
 class Row(NamedTuple):
-    """One part of what a training step keeps in memory."""
+    """One part of the memory of a training step."""
 
     part: str
     kept_in: str
     bytes: int
     per_device: int
-    """What the device that holds most of it holds; all of it where nothing is sharded."""
+    """The bytes on the device that holds most of it; all of them if nothing is sharded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What `memory_report` found; print it for the table.
+    """The result of `memory_report`; print it for the table.
 
     Attributes:
       rows: parameters, gradients, each moment, the bits below bfloat16 parameters, and the rest of
         the state, in bytes.
-      parameters: how many numbers are trained.
-      uncoded: how many leaves of a coded moment stay uncoded, and of how many; None without codes.
-      whole: the paths of leaves of the state that lie whole on each device, where others are
-        spread, with their bytes, the largest first.
+      parameters: the number of trained parameters.
+      uncoded: how many leaves of a quantized moment aren't quantized, and of how many; None
+        if no moment is.
+      whole: the paths and bytes of leaves of the state that are replicated, the largest first;
+        empty if nothing is sharded.
     """
 
     rows: Sequence[Row]
@@ -51,36 +54,34 @@ class MemoryReport:
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer's state."""
+        """The bytes of the optimizer's state."""
         return sum(row.bytes for row in self.rows[2:])
 
     @property
     def total_bytes(self) -> int:
-        """Of parameters, gradients and state together."""
+        """The bytes of parameters, gradients, and state together."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def bytes_per_device(self) -> int:
-        """The same on one device."""
+        """The bytes of parameters, gradients, and state on one device."""
         return sum(row.per_device for row in self.rows)
 
     def __str__(self) -> str:
         count = max(self.parameters, 1)
-        rows = [*self.rows, Row("total", "", self.total_bytes, self.bytes_per_device)]
-        spread = self.bytes_per_device < self.total_bytes
-        lines = [f"{'part':<12} {'kept in':<20} {'MB':>12} {'bytes/parameter':>16}"]
-        lines += [
-            f"{r.part:<12} {r.kept_in:<20} {r.bytes / 1e6:>12,.3f} {r.bytes / count:>16.3f}"
-            for r in rows
-        ]
-        if spread:
-            on_device = ["MB per device", *(f"{r.per_device / 1e6:,.3f}" for r in rows)]
-            lines = [f"{x} {y:>14}" for x, y in zip(lines, on_device, strict=True)]
+        table = [("part", "kept in", "MB", "bytes/parameter", "MB per device")]
+        for r in (*self.rows, Row("total", "", self.total_bytes, self.bytes_per_device)):
+            sizes = f"{r.bytes / 1e6:,.3f}", f"{r.bytes / count:.3f}", f"{r.per_device / 1e6:,.3f}"
+            table.append((r.part, r.kept_in, *sizes))
+        columns = "<12 <20 >12 >16 >14"
+        if self.bytes_per_device == self.total_bytes:
+            table, columns = [row[:-1] for row in table], "<12 <20 >12 >16"
         float32 = 16 * count
-        lines.append(
+        lines = [
+            text_table(table, columns),
             f"float32 parameters, gradients and AdamW: {float32 / 1e6:,.3f} MB; "
-            f"this is {self.total_bytes / float32:.0%} of it"
-        )
+            f"this is {self.total_bytes / float32:.0%} of it",
+        ]
         if self.uncoded:
             lines.append("{} of {} leaves kept float32".format(*self.uncoded))
         if self.whole:
@@ -92,19 +93,19 @@ class MemoryReport:
         return "\n".join(lines)
 
 
-def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> MemoryReport:
-    """The bytes that parameters, gradients and the state of `tx` take; nothing is allocated.
+def memory_report(tx: optax.GradientTransformation, params: PyTree) -> MemoryReport:
+    """Return the bytes of parameters, gradients, and the state of `tx`, without allocating them.
 
-    What a step needs beside them while it runs, `compiled.memory_analysis()` tells.
+    The temporary buffers of a step are not included: see `compiled.memory_analysis()`.
 
     Args:
       tx: an Optax transformation, ours or another.
-      params: arrays or `jax.ShapeDtypeStruct`s. Gradients are taken to have their dtypes and
-        shardings, and the state to lie as `state_sharding` says.
+      params: arrays or `jax.ShapeDtypeStruct`s. The report assumes gradients of the same dtypes and
+        shardings, and a state with the shardings of `state_sharding`.
 
     Returns:
       a `MemoryReport`: `.state_bytes`, `.total_bytes`, `.bytes_per_device`, `.rows`; it prints as a
-      table, with a column per device where parameters are sharded.
+      table, with a column per device if parameters are sharded.
 
     >>> import adam_jax, jax, jax.numpy as jnp
     >>> params = {"w": jax.ShapeDtypeStruct((50257, 768), jnp.float32)}
@@ -112,67 +113,63 @@ def memory_report(tx: optax.GradientTransformation, params: chex.ArrayTree) -> M
     >>> round(report.state_bytes / report.parameters, 2)
     2.06
     """
-    with errors.naming("memory_report"):
+    with errors.error_context("memory_report"):
         errors.transformation("tx", tx, "memory_report(tx, params)")
-    state = jax.eval_shape(tx.init, jax.tree.map(_shape, params))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    state = jax.eval_shape(tx.init, shapes)
     if any(map(_is_sharded, jax.tree.leaves(params))):
-        state = jax.tree.map(_laid_out, state, state_sharding(tx, params))
-    kept = list(stored_moments(state))
-    of_moments = [Row(name, _formats(m), *_bytes(m)) for name, m in kept]
+        shardings = state_sharding(tx, params)
+        state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
+    moments = list(stored_moments(state))
     coded = [
-        (sum(not storage.is_coded(x) for x in leaves), len(leaves))
-        for leaves in (storage.leaves(m).values() for _, m in kept if isinstance(m, storage.Blocks))
+        (sum(not _moments.is_quantized(x) for x in leaves), len(leaves))
+        for leaves in (_moments.leaves(m).values() for _, m in moments if _is_in_blocks(m))
     ]
     below = [s.rest for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
-    of_state = of_moments + [Row("bits below", _formats(tree), *_bytes(tree)) for tree in below]
+    of_state = [_row(*moment) for moment in moments] + [_row("bits below", x) for x in below]
     whole, local = _bytes(state)
     rest = whole - sum(r.bytes for r in of_state), local - sum(r.per_device for r in of_state)
     rows = [
-        Row("parameters", _formats(params), *_bytes(params)),
-        Row("gradients", _formats(params), *_bytes(params)),
+        _row("parameters", params),
+        _row("gradients", params),
         *of_state,
         Row("other state", "", *rest),
     ]
-    count = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
-    return MemoryReport(rows, count, max(coded, default=None), _whole(state))
-
-
-def _whole(state: Any) -> list[tuple[str, int]]:
-    """The paths and bytes of arrays that are not spread, where there are any that are."""
-    sizes = [(path_string(path), *_bytes(x)) for path, x in leaves_with_path(state)]
-    if all(size == local for _, size, local in sizes):
-        return []
-    unspread = [(path, size) for path, size, local in sizes if size == local]
-    return sorted(unspread, key=lambda leaf: -leaf[1])
-
-
-def _formats(tree: Any) -> str:
-    """The dtypes in a tree, those of a moment's scales left out."""
-    codes = tree.codes if isinstance(tree, storage.Blocks) else tree
-    dtypes = {str(jnp.result_type(x)) for x in jax.tree.leaves(codes)}
-    return ", ".join(sorted(dtypes, key=len))
-
-
-def _bytes(tree: Any) -> tuple[int, int]:
-    """Those of all leaves, and those of their largest shards."""
-    leaves = [(x, jnp.shape(x), jnp.result_type(x).itemsize) for x in jax.tree.leaves(tree)]
-    return (
-        sum(math.prod(shape) * size for _, shape, size in leaves),
-        sum(math.prod(_shard_shape(x, shape)) * size for x, shape, size in leaves),
+    return MemoryReport(
+        rows=rows,
+        parameters=sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params)),
+        uncoded=max(coded, default=None),
+        whole=_replicated(state) if local < whole else [],
     )
 
 
-def _shard_shape(x: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return x.sharding.shard_shape(shape) if _is_sharded(x) else shape
+def _replicated(state: PyTree) -> list[tuple[str, int]]:
+    """Return the paths and bytes of the leaves that are whole on each device, the largest first."""
+    sizes = [(path_string(path), *_bytes(x)) for path, x in leaves_with_path(state)]
+    replicated = [(path, size) for path, size, local in sizes if size == local]
+    return sorted(replicated, key=lambda leaf: -leaf[1])
 
 
-def _is_sharded(x: Any) -> bool:
+def _row(part: str, tree: PyTree) -> Row:
+    """Return the dtypes of a tree, without a moment's scales, and its bytes."""
+    values = tree.codes if _is_in_blocks(tree) else tree
+    dtypes = {str(jnp.result_type(x)) for x in jax.tree.leaves(values)}
+    return Row(part, ", ".join(sorted(dtypes, key=len)), *_bytes(tree))
+
+
+def _bytes(tree: PyTree) -> tuple[int, int]:
+    """Return the bytes of all leaves, and the bytes of their largest shards."""
+    whole = local = 0
+    for x in jax.tree.leaves(tree):
+        shape, size = jnp.shape(x), jnp.result_type(x).itemsize
+        whole += math.prod(shape) * size
+        local += math.prod(x.sharding.shard_shape(shape) if _is_sharded(x) else shape) * size
+    return whole, local
+
+
+def _is_in_blocks(moment: PyTree) -> bool:
+    return isinstance(moment, storage.Quantized)
+
+
+def _is_sharded(x: PyTree) -> bool:
     return isinstance(getattr(x, "sharding", None), NamedSharding)
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-
-
-def _laid_out(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,44 +1,34 @@
-"""The problems behind `python -m adam_jax compare`: small ones, in plain JAX."""
+"""The problems of `python -m adam_jax compare`: small ones, in plain JAX."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adam_jax._util.typing import PyTree
 from adam_jax.optimizers.schedule_free_adamw import schedule_free_adamw
 
 CONTEXT = 64
 WIDTH = 64
 HEADS = 4
 LAYERS = 2
-FIRST, LAST = 31, 126  # characters from space to tilde, and one in front that stands for others
+FIRST, LAST = 31, 126  # characters from space to tilde, and one before them for all others
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A problem in the terms of `compare`, with what suits it by default.
-
-    Attributes:
-      about: what it is, in a line.
-      init: makes the parameters.
-      loss: of the parameters at a batch.
-      batches: makes the batches of so many steps.
-      steps: of a run.
-      learning_rates: to try.
-      seeds: how many.
-    """
+class Task(NamedTuple):
+    """The arguments of `compare` for a problem, with its defaults."""
 
     about: str
-    init: Callable[[chex.PRNGKey], Any]
-    loss: Callable[[Any, Any], chex.Array]
-    batches: Callable[[int], Any]
+    """A description in one line."""
+    init: Callable[[jax.Array], optax.Params]
+    loss: Callable[[PyTree, PyTree], jax.Array]
+    batches: Callable[[int], PyTree]
+    """From a number of steps to as many batches."""
     steps: int
     learning_rates: tuple[float, ...]
     seeds: int
@@ -46,24 +36,24 @@ class Task:
 
 def scheduled(
     make: Callable[..., optax.GradientTransformation], steps: int
-) -> Callable[[Any], optax.GradientTransformation]:
-    """The constructor with a learning rate that rises for a tenth of the steps, then falls to 0.
+) -> Callable[[float | jax.Array], optax.GradientTransformation]:
+    """Return the constructor with a learning rate that rises for a tenth of the steps.
 
-    Schedule-Free has the rise alone.
+    It then falls linearly to 0, except for Schedule-Free.
     """
     rise = max(1, steps // 10)
     if make is schedule_free_adamw:
         return lambda peak: schedule_free_adamw(peak, warmup_steps=rise)
 
-    def share(count: chex.Array) -> chex.Array:
+    def factor(count: jax.Array) -> jax.Array:
         step = count.astype(jnp.float32) + 1
         return jnp.minimum(step / rise, (steps + 1 - step) / (steps + 1 - rise))
 
-    return lambda peak: make(lambda count: peak * share(count))
+    return lambda peak: make(lambda count: peak * factor(count))
 
 
 def digits_batches(steps: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels, drawn from scikit-learn's digits."""
+    """Return images and labels, drawn from scikit-learn's digits."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -71,18 +61,19 @@ def digits_batches(steps: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     return (images / 16).astype(np.float32)[drawn], labels.astype(np.int32)[drawn]
 
 
-def digits_init(key: chex.PRNGKey) -> dict[str, Any]:
-    """Three layers, each with a kernel and a bias."""
-    sizes = (64, 128, 128, 10)
-    keys = jax.random.split(key, 3)
+def digits_init(key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """Return three layers, each with a kernel and a bias."""
+    sizes = zip((64, 128, 128), (128, 128, 10), strict=True)
     return {
-        f"layer{i}": {"kernel": _dense(keys[i], *sizes[i : i + 2]), "bias": jnp.zeros(sizes[i + 1])}
-        for i in range(3)
+        f"layer{i}": {"kernel": _dense(key, *shape), "bias": jnp.zeros(shape[1])}
+        for i, (key, shape) in enumerate(zip(jax.random.split(key, 3), sizes, strict=True))
     }
 
 
-def digits_loss(params: dict[str, Any], batch: tuple[chex.Array, chex.Array]) -> chex.Array:
-    """The cross-entropy of a small network, in nats per image."""
+def digits_loss(
+    params: dict[str, dict[str, jax.Array]], batch: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """Return the cross-entropy of a small network, in nats per image."""
     x, labels = batch
     for name, layer in params.items():
         x = x if name == "layer0" else jax.nn.relu(x)
@@ -91,7 +82,7 @@ def digits_loss(params: dict[str, Any], batch: tuple[chex.Array, chex.Array]) ->
 
 
 def characters_batches(steps: int, size: int = 8) -> np.ndarray:
-    """Windows of the language reference that ships with Python, as bytes from 0 on."""
+    """Return windows of the language reference that ships with Python, as bytes from 0 on."""
     from pydoc_data.topics import topics
 
     text = np.frombuffer("\n".join(topics.values()).encode("latin-1", "replace"), np.uint8)
@@ -100,8 +91,8 @@ def characters_batches(steps: int, size: int = 8) -> np.ndarray:
     return codes[starts[..., None] + np.arange(CONTEXT + 1)]
 
 
-def characters_init(key: chex.PRNGKey) -> dict[str, Any]:
-    """A Transformer of two layers without biases: 115 thousand parameters."""
+def characters_init(key: jax.Array) -> PyTree:
+    """Return a Transformer of two layers without biases: 115 thousand parameters."""
     keys = iter(jax.random.split(key, 3 + 4 * LAYERS))
     characters = LAST - FIRST + 1
     return {
@@ -120,14 +111,14 @@ def characters_init(key: chex.PRNGKey) -> dict[str, Any]:
     }
 
 
-def characters_loss(params: dict[str, Any], windows: chex.Array) -> chex.Array:
-    """The cross-entropy of the next character, in nats."""
+def characters_loss(params: PyTree, windows: jax.Array) -> jax.Array:
+    """Return the cross-entropy of the next character, in nats."""
     codes = windows.astype(jnp.int32)
     return _cross_entropy(characters_logits(params, codes[:, :-1]), codes[:, 1:])
 
 
-def characters_logits(params: dict[str, Any], codes: chex.Array) -> chex.Array:
-    """What the Transformer expects after each character, from those up to it."""
+def characters_logits(params: PyTree, codes: jax.Array) -> jax.Array:
+    """Return the Transformer's prediction after each character, from the characters up to it."""
     x = params["characters"][codes] + params["positions"][None]
     for layer in params["layers"]:
         queries, keys, values = (
@@ -140,17 +131,17 @@ def characters_logits(params: dict[str, Any], codes: chex.Array) -> chex.Array:
     return _norm(x) @ params["head"]
 
 
-def _dense(key: chex.PRNGKey, inputs: int, outputs: int) -> chex.Array:
-    """A kernel that keeps the size of what it is applied to."""
+def _dense(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
+    """Return a random kernel that preserves the scale of its input."""
     return jax.random.normal(key, (inputs, outputs)) / inputs**0.5
 
 
-def _norm(x: chex.Array) -> chex.Array:
-    """Root-mean-square normalisation without a gain."""
+def _norm(x: jax.Array) -> jax.Array:
+    """Apply root-mean-square normalization without a gain."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
-def _cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 

@@ -1,21 +1,34 @@
 """Schedule-Free AdamW: no learning-rate schedule, an average of the iterates in its place."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-import chex
+from collections.abc import Mapping
+from typing import NamedTuple, Unpack
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from adam_jax import rules
 from adam_jax._engine.apply import step
-from adam_jax._engine.chain import Link, lift, link
+from adam_jax._engine.chain import Chain, link
 from adam_jax._engine.state import RmsCounted, named_tuples
-from adam_jax._engine.transformation import Transformation, constructor, made_of
+from adam_jax._engine.transformation import Transformation, transformation_of
 from adam_jax._util import errors
 from adam_jax._util.numerics import arithmetic_dtype
-from adam_jax.storage import Blocks, Storage, uncoded, with_dtype
+from adam_jax._util.typing import (
+    DecayRate,
+    DType,
+    NonNegative,
+    Numeric,
+    PyTree,
+    ScalarOrSchedule,
+)
+from adam_jax.optimizers._constructor import Options, optimizer
+from adam_jax.storage import Quantized
+from adam_jax.storage._policy import unquantized, with_dtype
+
+__all__ = ["schedule_free_adamw", "schedule_free_eval_params"]
 
 
 class _Iterate(NamedTuple):
@@ -25,19 +38,23 @@ class _Iterate(NamedTuple):
     z: optax.Params
 
 
-@constructor
+@optimizer(
+    paper="Defazio et al., arXiv:2405.15682",
+    year=2024,
+    formula="g / (√v̂ + ε) + λ·p moves z; y between z and its mean x",
+    purpose="no schedule needed; evaluate at x",
+    learning_rate="1–10",
+)
 def schedule_free_adamw(
-    learning_rate: optax.ScalarOrSchedule = 0.0025,
+    learning_rate: ScalarOrSchedule = 0.0025,
     warmup_steps: int | None = None,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    weight_decay: chex.Numeric = 0.0,
-    weight_lr_power: chex.Numeric = 2.0,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    *,
-    storage: Storage = None,
-    implementation: str = "auto",
+    b1: DecayRate = 0.9,
+    b2: DecayRate = 0.999,
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0.0,
+    weight_lr_power: Numeric = 2.0,
+    state_dtype: DType = None,
+    **options: Unpack[Options],
 ) -> Transformation:
     """Schedule-Free AdamW: gradients are taken at y, between the fast z and its average x.
 
@@ -51,8 +68,6 @@ def schedule_free_adamw(
       learning_rate: η ≥ 0, after the warmup; or a schedule of the count of steps made.
       warmup_steps: over how many steps η rises linearly; None for no warmup.
       b1: how far y is from z towards x, in (0, 1).
-      b2: decay rate of the average squared gradient, in [0, 1).
-      eps: ≥ 0, added to the root.
       weight_decay: λ ≥ 0, at y.
       weight_lr_power: ≥ 0, how much more a step of a larger η weighs in the average.
       state_dtype: the dtype of z; the same as storage={"z": dtype}. Codes are for nu alone.
@@ -66,28 +81,28 @@ def schedule_free_adamw(
     >>> evaluated = schedule_free_eval_params(state, params)
     """
     errors.above_zero("b1", b1)
-    formats = with_dtype(storage, "z", "state_dtype", state_dtype)
-    of_z = uncoded(formats, "z", "which holds parameters: each rounding would move them")
+    formats = with_dtype(options.get("storage"), "z", "state_dtype", state_dtype)
+    of_z = unquantized(formats, "z", "which holds parameters: each rounding would move them")
 
     scheduled = warmup_steps is not None or callable(learning_rate)
     rate_state = optax.ScaleByScheduleState if scheduled else None
 
-    def links(rate: optax.ScalarOrSchedule, share: chex.Numeric) -> Sequence[Link]:
+    def chain(rate: ScalarOrSchedule, share: Numeric) -> Transformation:
         squares = {"decay": b2, "eps": eps, "eps_in_sqrt": False, "bias_correction": True}
-        return (
-            link(rules.rms, squares, formats=formats, state=RmsCounted),
+        iterate = {"b1": b1, "share": share}
+        links = (
+            link(rules.rms, squares, storage=formats, state=RmsCounted),
             link(rules.decay_decoupled, {"weight_decay": weight_decay}),
             link(rules.descend, {"learning_rate": rate}, state=rate_state),
-            link(rules.schedule_free, {"b1": b1, "share": share}, formats=of_z, state=_Iterate),
+            link(rules.schedule_free, iterate, storage=of_z, state=_Iterate),
         )
-
-    def chain(rate: optax.ScalarOrSchedule, share: chex.Numeric) -> Transformation:
-        return lift(links(rate, share), implementation, "schedule_free_adamw", bare=False)
+        implementation = options.get("implementation", "auto")
+        return Chain("schedule_free_adamw", links, implementation).transformation()
 
     errors.not_a_schedule("b1", b1)
     errors.at_least(0, "warmup_steps", warmup_steps)
 
-    def warmed_up(count: Any, dtype: Any = jnp.float32) -> jax.Array:
+    def warmed_up(count: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
         rise = 1.0
         if warmup_steps is not None:
@@ -95,12 +110,13 @@ def schedule_free_adamw(
         return jnp.asarray(rate, dtype) * rise
 
     # so that bad arguments raise here, and the learning rate can be found
-    checked = chain(warmed_up if scheduled else learning_rate, 0.0)
+    rate: ScalarOrSchedule = warmed_up if scheduled else learning_rate
+    checked = chain(rate, 0.0)
 
-    def init(params: optax.Params) -> Any:
-        states: Any = chain(0.0, 0.0).init(params)
+    def init(params: optax.Params) -> PyTree:
+        states: PyTree = chain(0.0, 0.0).init(params)
         *base, iterate = states
-        without_leaves = isinstance(iterate.z, Blocks)  # z is never quantized
+        without_leaves = isinstance(iterate.z, Quantized)  # z is never quantized
         z = iterate.z.codes if without_leaves else iterate.z
         z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), z, params)
         dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves(z))).type(0).real.dtype
@@ -115,12 +131,12 @@ def schedule_free_adamw(
 
     def update(
         updates: optax.Updates,
-        state: Any,
+        state: PyTree,
         params: optax.Params | None,
-        extra: Mapping[str, Any],
+        extra: Mapping[str, PyTree],
         *,
         emit_params: bool,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[PyTree, PyTree]:
         dtype = arithmetic_dtype(state.weight_sum.dtype)
         rate = warmed_up(state.step_count - 1, dtype)
         max_lr = jnp.maximum(state.max_lr.astype(dtype), rate)
@@ -128,7 +144,7 @@ def schedule_free_adamw(
         weight_sum = state.weight_sum.astype(dtype) + weight
         share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1), 0)
         inner = (*state.base_optimizer_state, _Iterate(state.step_count - 1, state.z))
-        states: Any
+        states: PyTree
         tx = chain(rate, share)
         updates, states = step(tx, updates, inner, params, extra, emit_params=emit_params)
         *base, iterate = states
@@ -140,7 +156,7 @@ def schedule_free_adamw(
             z=iterate.z,
         )
 
-    return made_of((checked,), init, update, emits_params=True)
+    return transformation_of((checked,), init, update, emits_params=True)
 
 
 def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
@@ -156,14 +172,14 @@ def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> op
     Raises:
       ValueError: there is no Schedule-Free state, or more than one.
     """
-    found: list[Any] = [
+    found: list[PyTree] = [
         s for _, s in named_tuples(state) if isinstance(s, optax.contrib.ScheduleFreeState)
     ]
     if len(found) != 1:
         errors.not_one("schedule_free_eval_params", "Schedule-Free states", len(found))
     b1 = found[0].b1
 
-    def average(y: Any, z: jax.Array) -> jax.Array:
+    def average(y: PyTree, z: jax.Array) -> jax.Array:
         y = jnp.asarray(y)
         dtype = arithmetic_dtype(y.dtype, z.dtype)
         b = b1.astype(dtype)

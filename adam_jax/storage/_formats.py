@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from adam_jax._util.typing import DType, PyTree
 from adam_jax.storage import _int8
 from adam_jax.storage._blockwise import Code
 
@@ -22,8 +24,11 @@ FORMATS = {"int8": Format(_int8.SIGNED, _int8.POSITIVE)}
 """The coded formats by name. Beside them every floating-point dtype is a format."""
 
 
-CODES: dict[Any, Code] = {jnp.dtype(code.dtype): code for f in FORMATS.values() for code in f}
-"""The code that a dtype of codes stands for."""
+@functools.cache  # until `register` adds a format
+def code_of(dtype: DType) -> Code | None:
+    """Return the code whose codes have this dtype, which says how a state is read."""
+    codes = (code for each in FORMATS.values() for code in each)
+    return next((code for code in codes if jnp.dtype(code.dtype) == dtype), None)
 
 
 def register(name: str, signed: Code, positive: Code) -> None:
@@ -54,7 +59,7 @@ def register(name: str, signed: Code, positive: Code) -> None:
         if wrong:
             raise ValueError(f"register: {name!r} {wrong}")
     FORMATS[name] = Format(signed, positive)
-    CODES.update({jnp.dtype(code.dtype): code for code in (signed, positive)})
+    code_of.cache_clear()
 
 
 def _unfit(name: str, code: Code, ends: tuple[int, ...]) -> str:
@@ -62,10 +67,11 @@ def _unfit(name: str, code: Code, ends: tuple[int, ...]) -> str:
     dtype = jnp.dtype(code.dtype)
     if name in FORMATS or floating(name) is not None:
         return f"is taken; choose a name beside {', '.join(map(repr, names()))}"
-    if dtype in CODES or dtype.itemsize > 2 or dtype == jnp.bfloat16:
+    taken = [str(jnp.dtype(c.dtype)) for f in FORMATS.values() for c in f]
+    if code_of(dtype) or dtype.itemsize > 2 or dtype == jnp.bfloat16:
         return (
             f"has codes of {dtype}, which a state could not be told apart by; take another small "
-            f"dtype than {', '.join(map(str, CODES))}"
+            f"dtype than {', '.join(taken)}"
         )
     if code.block < 1 or code.block & (code.block - 1):
         return f"has blocks of {code.block}; take a power of two"
@@ -82,12 +88,12 @@ def names() -> list[str]:
     return ["float32", "bfloat16", *FORMATS]
 
 
-def is_format(storage: Any) -> bool:
+def is_format(storage: PyTree) -> bool:
     """Whether this is the name of a coded format."""
     return isinstance(storage, str) and storage in FORMATS
 
 
-def floating(x: Any) -> Any:
+def floating(x: PyTree) -> PyTree:
     """x as a floating-point or complex dtype; None where it is none."""
     try:
         dtype = jnp.dtype(x)

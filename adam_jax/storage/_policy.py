@@ -12,20 +12,19 @@ import numpy as np
 from adam_jax._util import errors
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.paths import path_string
+from adam_jax._util.typing import DType, KeyPath, PyTree
 from adam_jax.storage import _dense
 from adam_jax.storage._formats import FORMATS, Format, floating, is_format, names
 
 MIN_SIZE = 4096
-"""Leaves with fewer elements stay uncoded, unless a function of the leaf asks for a code."""
+"""Leaves with fewer elements stay unquantized, unless a function of the leaf asks for a code."""
 
 
 Storage: TypeAlias = Any
 """A format's name, a dtype, {moment: either}, a function (path, leaf) of these; None: default."""
 
 
-def format_of(
-    storage: Storage, name: str, path: tuple[Any, ...], leaf: Any, *, signed: bool
-) -> Any:
+def format_of(storage: Storage, name: str, path: KeyPath, leaf: PyTree, *, signed: bool) -> PyTree:
     """Return what the moment `name` of one leaf is kept in: a dtype, or a `Format`.
 
     A signed moment of a complex leaf is complex, whatever real format is asked for; a dtype that
@@ -47,7 +46,7 @@ def format_of(
     return default if loses and not isinstance(storage, np.dtype) else kept
 
 
-def _codable(leaf: Any) -> bool:
+def _codable(leaf: PyTree) -> bool:
     """Codes are of real numbers, and a scale beside each element would save nothing."""
     return (
         np.size(leaf) > 0
@@ -57,7 +56,7 @@ def _codable(leaf: Any) -> bool:
     )
 
 
-def may_code(storage: Storage, moments: Collection[str]) -> bool:
+def may_quantize(storage: Storage, moments: Collection[str]) -> bool:
     """Whether any of these moments may come to be coded."""
     if isinstance(storage, Mapping):
         return any(is_format(storage.get(name)) for name in moments)
@@ -68,27 +67,25 @@ def may_round(storage: Storage, moments: Collection[str]) -> bool:
     """Whether any of these moments is asked for in fewer bits than float32."""
     formats = [storage.get(n) for n in moments] if isinstance(storage, Mapping) else [storage]
     narrow = [f is not None and not is_function(f) and floating(f) == jnp.bfloat16 for f in formats]
-    return any(narrow) or may_code(storage, moments)
+    return any(narrow) or may_quantize(storage, moments)
 
 
-def uncoded(storage: Storage, name: str, because: str) -> Storage:
+def unquantized(storage: Storage, name: str, because: str) -> Storage:
     """`storage` with the default in the place of codes, for what cannot be coded."""
     if isinstance(storage, Mapping) and is_format(storage.get(name)):
-        raise ValueError(
-            f"{errors.who()}: storage={storage!r} codes {name}, {because}; give it a dtype"
-        )
+        raise errors.value_error(f"storage={storage!r} codes {name}, {because}; give it a dtype")
     if is_function(storage):
-        function: Any = storage
-        return lambda path, leaf: uncoded(function(path, leaf), name, because)
+        function: PyTree = storage
+        return lambda path, leaf: unquantized(function(path, leaf), name, because)
     return None if is_format(storage) else storage
 
 
-def described(storage: Storage) -> str:
+def describe_storage(storage: Storage) -> str:
     """`storage` as a repr shows it: int8[128] for codes in blocks of 128."""
     if is_format(storage):
         return f"{storage}[{FORMATS[storage].signed.block}]"
     if isinstance(storage, Mapping):
-        return f"{{{', '.join(f'{k}: {described(v)}' for k, v in storage.items())}}}"
+        return f"{{{', '.join(f'{k}: {describe_storage(v)}' for k, v in storage.items())}}}"
     if is_function(storage):
         return getattr(storage, "__name__", "function")
     dtype = None if storage is None else floating(storage)
@@ -103,9 +100,8 @@ def check(storage: Storage, moments: Collection[str]) -> None:
     if isinstance(storage, Mapping):
         for name, format in storage.items():
             if name not in moments:
-                raise ValueError(
-                    f"{errors.who()}: storage names the moment {name!r}; "
-                    f"it has {', '.join(moments) or 'none'}"
+                raise errors.value_error(
+                    f"storage names the moment {name!r}; it has {', '.join(moments) or 'none'}"
                 )
             if format is not None:
                 check_format(format)
@@ -113,15 +109,15 @@ def check(storage: Storage, moments: Collection[str]) -> None:
         check_format(storage)
 
 
-def check_format(storage: Any) -> Any:
+def check_format(storage: Storage) -> PyTree:
     """A format given by name or dtype: a dtype, or a `Format`."""
     if is_format(storage):
         return FORMATS[storage]
     dtype = _dense_dtype(storage)
     if dtype is None:
         listed = ", ".join(map(repr, names()))
-        raise ValueError(
-            f"{errors.who()}: storage must be one of {listed}, 'float64' or a complex dtype, a "
+        raise errors.value_error(
+            f"storage must be one of {listed}, 'float64' or a complex dtype, a "
             f"mapping from moments to these or a function (path, leaf) of these, got {storage!r}"
             f"{_narrow(storage)}"
         )
@@ -134,13 +130,13 @@ DENSE = tuple(
 """The dtypes that moments are kept in. Squares of gradients underflow in narrower ones."""
 
 
-def _dense_dtype(x: Any) -> Any:
+def _dense_dtype(x: PyTree) -> PyTree:
     """x as a dtype that moments are kept in; None if it is none."""
     dtype = floating(x)
     return dtype if dtype in DENSE else None
 
 
-def _narrow(x: Any) -> str:
+def _narrow(x: PyTree) -> str:
     """Return the advice for a floating-point dtype that moments are not kept in."""
     dtype = floating(x)
     if dtype is None:
@@ -148,21 +144,21 @@ def _narrow(x: Any) -> str:
     return f"; squares of gradients underflow in {dtype}: use 'bfloat16' or 'int8'"
 
 
-def with_dtype(storage: Storage, moment: str, argument: str, dtype: Any) -> Storage:
+def with_dtype(storage: Storage, moment: str, argument: str, dtype: DType) -> Storage:
     """`storage` with Optax's mu_dtype (or accumulator_dtype) merged in."""
     if dtype is None:
         return storage
     asked, dtype = dtype, _dense_dtype(dtype)
     if dtype is None:
-        raise ValueError(
-            f"{errors.who()}: {argument} must be float32, bfloat16, float64 or a complex dtype, "
+        raise errors.value_error(
+            f"{argument} must be float32, bfloat16, float64 or a complex dtype, "
             f"got {asked!r}; for other formats use storage= ({', '.join(names())})"
         )
     given = storage.get(moment) if isinstance(storage, Mapping) else storage
     if given is not None and (is_function(given) or check_format(given) != dtype):
-        raise ValueError(
-            f"{errors.who()}: {argument}={dtype} conflicts with storage={storage!r}; "
-            f"drop {argument} and write storage={{{moment!r}: {dtype.name!r}, ...}}"
+        raise errors.value_error(
+            f"{argument}={dtype} conflicts with storage={storage!r}; "
+            f"drop {argument} and write storage={{{moment!r}: {str(dtype)!r}, ...}}"
         )
     rest = storage if isinstance(storage, Mapping) else {}
     return storage if given is not None else {**rest, moment: dtype}
@@ -173,7 +169,7 @@ def renamed(storage: Storage, name: str, new: str) -> Storage:
     if isinstance(storage, Mapping):
         return {new if k == name else k: f for k, f in storage.items()}
     if is_function(storage):
-        function: Any = storage
+        function: PyTree = storage
         return lambda path, leaf: renamed(function(path, leaf), name, new)
     return storage
 
@@ -186,9 +182,9 @@ def split(storage: Storage, *groups: Collection[str]) -> list[Storage]:
     return [{name: f for name, f in storage.items() if name in group} for group in groups]
 
 
-def _is_dtype(x: Any) -> bool:
+def _is_dtype(x: PyTree) -> bool:
     return isinstance(x, type) or hasattr(x, "dtype")
 
 
-def is_function(x: Any) -> bool:
+def is_function(x: PyTree) -> bool:
     return callable(x) and not _is_dtype(x)

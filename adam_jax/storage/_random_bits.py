@@ -1,4 +1,4 @@
-"""Random bits as a function of what they are for: no key to carry, the same in every layout."""
+"""Stateless random bits, keyed by leaf path, step, and position; independent of sharding."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ GOLDEN = np.uint32(0x9E3779B9)
 """2³² over the golden ratio: its multiples lie far apart."""
 
 
-class Place(NamedTuple):
-    """Where elements lie in the whole leaf: at [row, column + lane], rows counted over the rest."""
+class Position(NamedTuple):
+    """The position of elements in the leaf, [row, column + lane]; rows count all other axes."""
 
     row: jax.Array
     column: jax.Array
     lane: jax.Array
 
 
-def whole(shape: tuple[int, ...]) -> Place:
-    """The place of an array that is all of its leaf.
+def positions(shape: tuple[int, ...]) -> Position:
+    """Return the positions of an array that is all of its leaf.
 
     It comes from iotas, which a partitioner splits as it splits the array: an element draws the
     same number however it is sharded. (Inside a shard_map of one's own the index is the shard's.)
@@ -37,17 +37,7 @@ def whole(shape: tuple[int, ...]) -> Place:
     if shape:
         per_lane = (*(1 for _ in shape[:-1]), shape[-1])
         lane = jax.lax.broadcasted_iota(jnp.uint32, per_lane, len(shape) - 1)
-    return Place(row, jnp.zeros_like(row), lane)
-
-
-def after(result: jax.Array, key: jax.Array) -> jax.Array:
-    """The key, known to XLA only once the result is: it does not see that nothing is NaN and Inf.
-
-    XLA:CPU computes new moments anew for the direction, out of the old ones. Where it may do so
-    after it has written what is stored, it copies the old ones first: twice the time of a step.
-    """
-    first = result[(0,) * result.ndim]
-    return key ^ (jnp.isnan(first) & jnp.isinf(first)).astype(key.dtype)
+    return Position(row, jnp.zeros_like(row), lane)
 
 
 @functools.cache
@@ -56,7 +46,7 @@ def name_key(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def random_bits(key: jax.Array, step: jax.Array, place: Place, name: str = "") -> jax.Array:
+def random_bits(key: jax.Array, step: jax.Array, place: Position, name: str = "") -> jax.Array:
     """Return 32 random bits per element of the leaf with this key at a step; others by name.
 
     The step is a uint32: float32 has no odd numbers above 2²⁴.

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 import optax
 
-from adam_jax import rules
 from adam_jax._engine.apply import step
-from adam_jax._engine.chain import Chain, link
-from adam_jax._engine.split_params import full, widened
-from adam_jax._engine.transformation import Transformation, is_last, made_of, source_of, told
+from adam_jax._engine.chain import Chain
+from adam_jax._engine.split_params import to_float32, upcast_updates
+from adam_jax._engine.transformation import (
+    Transformation,
+    describe,
+    is_exact,
+    source_of,
+    transformation_of,
+)
 from adam_jax._util import errors
-from adam_jax._util.numerics import arithmetic_dtype
+from adam_jax._util.typing import PyTree
+from adam_jax.transforms.clip import GlobalNormClip
 
 
 def chain(*transformations: optax.GradientTransformation) -> Transformation:
     """`optax.chain` that keeps its parts visible.
 
-    `optax.clip_by_global_norm` in front of one of our optimizers is computed inside its step: the
-    clipped gradients are never written, and not rounded to the gradients' dtype.
+    `clip_by_global_norm` in front of one of our optimizers is computed inside its step.
 
     Args:
       *transformations: Optax transformations, ours or others, in the order in which they act.
@@ -34,72 +36,61 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
     Raises:
       ValueError: at update, a state of another chain.
 
-    >>> import optax, adam_jax
-    >>> adam_jax.chain(optax.clip_by_global_norm(1.0), adam_jax.adam(1e-3))
-    chain(clip_by_global_norm, adam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0))
+    >>> import adam_jax
+    >>> adam_jax.chain(adam_jax.clip_by_global_norm(1.0), adam_jax.lion(1e-4, weight_decay=1.0))
+    chain(clip_by_global_norm(1.0), lion(learning_rate=0.0001, b1=0.9, b2=0.99, weight_decay=1.0))
     """
-    with errors.naming("chain"):
+    with errors.error_context("chain"):
         for k, tx in enumerate(transformations):
             errors.transformation(f"argument {k + 1}", tx, "chain(clip, adamw)")
-        errors.nothing_after(filter(is_last, transformations[:-1]))
-    chained = optax.chain(*transformations)
-    limits = [
-        _max_norm(tx) if isinstance(source_of(after), Chain) else None
-        for tx, after in zip(transformations, (*transformations[1:], None), strict=False)
+        errors.nothing_after(filter(is_exact, transformations[:-1]))
+    sources = [source_of(tx) for tx in transformations]
+    inside = [  # clips that are computed inside the step that follows
+        isinstance(source, GlobalNormClip) and isinstance(after, Chain)
+        for source, after in zip(sources, (*sources[1:], None), strict=False)
     ]
+    last = len(transformations) - 1
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None,
-        extra: Mapping[str, Any],
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra: Mapping[str, PyTree],
         *,
         emit_params: bool,
-    ) -> tuple[Any, optax.OptState]:
+    ) -> tuple[PyTree, PyTree]:
         errors.chained(state, len(transformations))
-        states: Any = state
-        new, limit = [], None
-        last = len(transformations) - 1
-        for k, (tx, s, next_limit) in enumerate(zip(transformations, states, limits, strict=True)):
-            if k < last and next_limit is None:
-                updates = widened(updates, params)
-            seen, emits = (params, emit_params) if k == last else (full(params), False)
-            if limit is not None:
-                updates, s = _clipped(limit, tx, updates, s, seen, extra, emits)
-            elif next_limit is None:
+        new = []
+        for k, (tx, s) in enumerate(zip(transformations, state, strict=True)):
+            if k < last and not inside[k]:
+                updates = upcast_updates(updates, params)
+            seen, emits = (params, emit_params) if k == last else (to_float32(params), False)
+            if k > 0 and inside[k - 1]:
+                updates, s = _clipped(sources[k - 1], sources[k], updates, s, seen, extra, emits)
+            elif not inside[k]:
                 updates, s = step(tx, updates, s, seen, extra, emit_params=emits)
             new.append(s)
-            limit = next_limit
         return updates, tuple(new)
 
-    text = f"chain({', '.join(map(told, transformations))})"
-    ends = bool(transformations) and is_last(transformations[-1])
-    return made_of(transformations, chained.init, update, text, emits_params=True, last=ends)
-
-
-def _max_norm(tx: optax.GradientTransformation) -> Any:
-    """The limit of an `optax.clip_by_global_norm`; None for any other transformation."""
-    if getattr(tx.update, "__qualname__", "") != "clip_by_global_norm.<locals>.update_fn":
-        return None
-    return inspect.getclosurevars(tx.update).nonlocals.get("max_norm")
+    text = f"chain({', '.join(map(describe, transformations))})"
+    init = optax.chain(*transformations).init
+    exact = bool(transformations) and is_exact(transformations[-1])
+    return transformation_of(transformations, init, update, text, emits_params=True, exact=exact)
 
 
 def _clipped(
-    limit: Any,
-    tx: Any,
-    updates: optax.Updates,
-    state: Any,
-    params: Any,
-    extra: Mapping[str, Any],
+    clip: GlobalNormClip,
+    chain: Chain,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra: Mapping[str, PyTree],
     emit_params: bool,
-) -> tuple[Any, Any]:
-    """A step of one of our optimizers with clipping for its first link."""
-    steps: Chain = source_of(tx)
-    norm = optax.tree.norm(jax.tree.map(lambda u: u.astype(arithmetic_dtype(u.dtype)), updates))
-    front = link(rules.clip, {"norm": norm, "max_norm": limit})
-    with_clip = dataclasses.replace(steps, links=(front, *steps.links), bare=False)
-    states = (optax.EmptyState(), *((state,) if steps.bare else state))
-    with errors.naming(steps.name):
-        updates, new = with_clip.step(updates, states, params, extra, emit_params=emit_params)
-    after: Any = new
-    return updates, after[1] if steps.bare else after[1:]
+) -> tuple[PyTree, PyTree]:
+    """Step one of our optimizers with clipping for its first link."""
+    links = (clip.link(updates), *chain.links)
+    states = (optax.EmptyState(), *((state,) if chain.bare else state))
+    clipped = dataclasses.replace(chain, links=links, bare=False)
+    with errors.error_context(chain.name):
+        updates, new = clipped.step(updates, states, params, extra, emit_params=emit_params)
+    return updates, new[1] if chain.bare else new[1:]

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import cast
 
-import chex
 import optax
 
-from adam_jax._engine.transformation import Transformation, made_of, told
+from adam_jax._engine.transformation import Transformation, describe, transformation_of
 from adam_jax._util import errors
 from adam_jax._util.paths import leaves_with_path, map_with_path, path_string
+from adam_jax._util.typing import PyTree
 
-Settings = Mapping[str, Any] | str | optax.GradientTransformation
+Settings = Mapping[str, PyTree] | str | optax.GradientTransformation
 
 
 def groups(
     constructor: Callable[..., optax.GradientTransformation],
     patterns: Mapping[str, Settings],
-    **shared: Any,
+    **shared: PyTree,
 ) -> Transformation:
     """One optimizer whose settings differ between groups of parameters.
 
@@ -48,20 +48,20 @@ def groups(
     ... )
     >>> state = tx.init({"head": {"kernel": jnp.ones((2, 2))}, "norm": jnp.ones(2)})
     """
-    with errors.naming("groups"):
+    with errors.error_context("groups"):
         errors.maker(constructor, "groups(adam_jax.adamw, {...}, learning_rate=1e-3)")
         errors.mapping("patterns", patterns, "{'bias': {'weight_decay': 0.0}}")
-    parts: dict[Any, optax.GradientTransformation] = {
+    parts: dict[Hashable, optax.GradientTransformation] = {
         p: _optimizer(constructor, p, s, shared) for p, s in patterns.items()
     }
     parts["default"] = constructor(**shared)
 
-    def labels(tree: chex.ArrayTree) -> chex.ArrayTree:
+    def labels(tree: PyTree) -> PyTree:
         return map_with_path(lambda path, _: _label(path_string(path), patterns), tree)
 
     partitioned = optax.partition(parts, labels)
 
-    def init(params: optax.Params) -> optax.OptState:
+    def init(params: PyTree) -> PyTree:
         paths = [path_string(p) for p, _ in leaves_with_path(params)]
         for pattern in patterns:
             if paths and not any(re.search(pattern, path) for path in paths):
@@ -70,12 +70,15 @@ def groups(
                 )
         return partitioned.init(params)
 
-    text = f"groups({', '.join(f'{p!r}: {told(tx)}' for p, tx in parts.items())})"
-    return made_of(parts, init, partitioned.update, text)
+    text = f"groups({', '.join(f'{p!r}: {describe(tx)}' for p, tx in parts.items())})"
+    return transformation_of(parts, init, partitioned.update, text)
 
 
 def _optimizer(
-    constructor: Callable[..., Any], pattern: str, settings: Settings, shared: Mapping[str, Any]
+    constructor: Callable[..., optax.GradientTransformation],
+    pattern: str,
+    settings: Settings,
+    shared: Mapping[str, PyTree],
 ) -> optax.GradientTransformation:
     try:
         re.compile(pattern)
@@ -90,7 +93,7 @@ def _optimizer(
             f"groups: the settings of {pattern!r} must be a mapping of arguments, 'frozen' or an "
             f"Optax transformation, got {settings!r}"
         )
-    own: dict[str, Any] = dict(settings)
+    own: dict[str, PyTree] = dict(settings)
     factor = own.pop("learning_rate_factor", None)
     if factor is not None:
         if "learning_rate" in own or "learning_rate" not in shared:
@@ -102,7 +105,7 @@ def _optimizer(
     return constructor(**{**shared, **own})
 
 
-def _scaled(rate: Any, factor: Any) -> Any:
+def _scaled(rate: PyTree, factor: PyTree) -> PyTree:
     return (lambda count: factor * rate(count)) if callable(rate) else factor * rate
 
 
@@ -116,6 +119,6 @@ def _label(path: str, patterns: Mapping[str, Settings]) -> str:
     return found[0] if found else "default"
 
 
-def _some(names: Any) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -8,10 +8,9 @@ runs, a copy of the parameters is needed; `adam_jax.apply` steps them in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +18,12 @@ import optax
 
 from adam_jax._engine.apply import step
 from adam_jax._engine.chain import Tree
-from adam_jax._engine.split_params import Narrow, is_narrow, read, value
+from adam_jax._engine.split_params import SplitParam, is_split, to_arithmetic, value
 from adam_jax._engine.state import named_tuples
-from adam_jax._engine.transformation import Transformation, is_last, made_of, told
+from adam_jax._engine.transformation import Transformation, describe, is_exact, transformation_of
 from adam_jax._util import errors
 from adam_jax._util.paths import is_box, map_with_path, unbox
+from adam_jax._util.typing import DType, KeyPath, PyTree
 
 REST = {32: jnp.int16, 24: jnp.int8}
 """What the bits of a master below its upper 16 are kept in."""
@@ -33,7 +33,7 @@ class MasterWeightsState(NamedTuple):
     """The state of `master_weights`."""
 
     step_count: jax.Array
-    rest: chex.ArrayTree
+    rest: PyTree
     """The bits below each bfloat16 parameter; one zero for any other."""
     inner_state: optax.OptState
 
@@ -88,15 +88,15 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 32) -> Transfor
     >>> params["w"][0], get_master_weights(params, state)["w"].dtype
     (Array(1, dtype=bfloat16), dtype('float32'))
     """
-    with errors.naming("master_weights"):
+    with errors.error_context("master_weights"):
         errors.number_of("bits", bits, list(REST))
     kept = REST[bits]
 
-    def init(params: optax.Params) -> MasterWeightsState:
-        with errors.naming("master_weights"):
+    def init(params: PyTree) -> MasterWeightsState:
+        with errors.error_context("master_weights"):
             map_with_path(errors.no_wider_than_float32, params)
             rest = jax.tree.map(lambda p: _rest(p, kept), params, is_leaf=is_box)
-            return MasterWeightsState(jnp.zeros([], jnp.int32), rest, tx.init(_full(params)))
+            return MasterWeightsState(jnp.zeros([], jnp.int32), rest, tx.init(_to_float32(params)))
 
     return _around(tx, "master_weights", f"bits={bits}", init, kept)
 
@@ -130,18 +130,18 @@ def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> Tran
     >>> float(params.max()), abs(float(params.astype(jnp.float32).mean()) - 0.999) < 1e-4
     (1.0, True)
     """
-    with errors.naming("stochastic_rounding"):
+    with errors.error_context("stochastic_rounding"):
         errors.seed(seed)
 
-    def init(params: optax.Params) -> StochasticRoundingState:
-        with errors.naming("stochastic_rounding"):
+    def init(params: PyTree) -> StochasticRoundingState:
+        with errors.error_context("stochastic_rounding"):
             map_with_path(errors.no_wider_than_float32, params)
-            return StochasticRoundingState(jnp.zeros([], jnp.int32), tx.init(_full(params)))
+            return StochasticRoundingState(jnp.zeros([], jnp.int32), tx.init(_to_float32(params)))
 
     return _around(tx, "stochastic_rounding", f"seed={seed}", init, None, seed)
 
 
-def get_master_weights(params: optax.Params, state: chex.ArrayTree) -> optax.Params:
+def get_master_weights(params: optax.Params, state: PyTree) -> optax.Params:
     """The float32 masters that `master_weights` keeps: to evaluate with, and for checkpoints.
 
     Args:
@@ -159,71 +159,72 @@ def get_master_weights(params: optax.Params, state: chex.ArrayTree) -> optax.Par
         errors.not_one("get_master_weights", "states of master_weights", len(found))
     leaves, treedef = jax.tree.flatten(params)
     rests = jax.tree.leaves(found[0].rest)
-    with errors.naming("get_master_weights"):
+    with errors.error_context("get_master_weights"):
         errors.as_many(leaves, rests)
-    pairs = zip(leaves, rests, strict=True)
-    return treedef.unflatten(
-        [read(Narrow(p, r, None), jnp.float32) if _is_bfloat16(p) else p for p, r in pairs]
-    )
+
+    def master(p: PyTree, rest: jax.Array) -> PyTree:
+        return to_arithmetic(SplitParam(p, rest, None), jnp.float32) if _is_bfloat16(p) else p
+
+    return treedef.unflatten(map(master, leaves, rests))
 
 
 def _around(
     tx: optax.GradientTransformation,
     name: str,
     settings: str,
-    init: Any,
-    kept: Any,
+    init: Callable[[optax.Params], optax.OptState],
+    kept: DType,
     seed: int = 0,
 ) -> Transformation:
-    """tx around which bfloat16 parameters are Narrow, with what is `kept` or rounded by chance."""
-    with errors.naming(name):
+    """Return tx, which steps bfloat16 parameters as SplitParams with residuals of dtype `kept`."""
+    with errors.error_context(name):
         errors.transformation("tx", tx, f"{name}(tx)")
-        errors.nothing_after(filter(is_last, [tx]))
+        errors.nothing_after(filter(is_exact, [tx]))
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None,
-        extra: Mapping[str, Any],
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra: Mapping[str, PyTree],
         *,
         emit_params: bool,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[PyTree, PyTree]:
         errors.parameters_given(params)
         tree = Tree(updates)
         old = tree.like("parameters", params)
         rests = tree.like("state", None if kept is None else state.rest)
-        draw = None if kept == jnp.int16 else _draw(state.step_count, seed)
+        seed_of_step = None if kept == jnp.int16 else _step_seed(state.step_count, seed)
 
-        def narrow(path: Any, p: Any, rest: Any) -> Any:
+        def split(path: KeyPath, p: PyTree, rest: PyTree) -> PyTree:
             errors.rest(path, p, rest, kept)
-            return Narrow(p, rest, draw) if _is_bfloat16(p) else p
+            return SplitParam(p, rest, seed_of_step) if _is_bfloat16(p) else p
 
         paths = [path for path, _ in tree.leaves]
-        inside = tree.with_leaves(list(map(narrow, paths, old, rests)))
+        inside = tree.with_leaves(list(map(split, paths, old, rests)))
         new, inner = step(tx, updates, state.inner_state, inside, extra, emit_params=emit_params)
         new = tree.like("parameters", new)
         state = state._replace(step_count=optax.safe_increment(state.step_count), inner_state=inner)
         if kept is not None:
-            rests = [p.rest if is_narrow(p) else rest for p, rest in zip(new, rests, strict=True)]
+            rests = [getattr(p, "residual", rest) for p, rest in zip(new, rests, strict=True)]
             state = state._replace(rest=tree.with_leaves(rests, state.rest))
         if not emit_params:
             gradients = [u for _, u in tree.leaves]
             return tree.with_leaves(list(map(_emitted, gradients, old, new))), state
         return tree.with_leaves(list(map(value, new))), state
 
-    named = errors.naming(name)(update)
-    text = f"{name}({told(tx)}, {settings})"
-    return made_of((tx,), init, named, text, emits_params=True, last=True)
+    named = errors.error_context(name)(update)
+    text = f"{name}({describe(tx)}, {settings})"
+    return transformation_of((tx,), init, named, text, emits_params=True, exact=True)
 
 
-def _emitted(gradient: Any, old: Any, new: Any) -> Any:
+def _emitted(gradient: PyTree, old: PyTree, new: PyTree) -> PyTree:
     """What is to be added to a parameter: exact in float32, or as the transformation gave it."""
-    if gradient is None or not is_narrow(new):
+    if gradient is None or not is_split(new):
         return None if gradient is None else new
     return new.value.astype(jnp.float32) - old.astype(jnp.float32)
 
 
-def _rest(p: Any, dtype: Any) -> Any:
+def _rest(p: PyTree, dtype: DType) -> PyTree:
     """No bits below the parameter yet, laid out as it is; one zero for what is not bfloat16."""
     leaf = unbox(p)
     if _is_bfloat16(leaf):
@@ -231,15 +232,15 @@ def _rest(p: Any, dtype: Any) -> Any:
     return jnp.zeros((1,) * np.ndim(leaf), dtype)
 
 
-def _full(params: optax.Params) -> optax.Params:
+def _to_float32(params: optax.Params) -> optax.Params:
     """Parameters as the transformation inside sees them when it is initialised."""
     return jax.tree.map(lambda p: p.astype(jnp.float32) if _is_bfloat16(p) else p, params)
 
 
-def _is_bfloat16(x: Any) -> bool:
+def _is_bfloat16(x: PyTree) -> bool:
     return getattr(x, "dtype", None) == jnp.bfloat16
 
 
-def _draw(count: jax.Array, seed: int) -> jax.Array:
-    """What a step's random bits depend on."""
+def _step_seed(count: jax.Array, seed: int) -> jax.Array:
+    """Return the seed of a step's random bits."""
     return count.astype(jnp.uint32) + jnp.uint32(seed * 0x9E3779B1 % 2**32)

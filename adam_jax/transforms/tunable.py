@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec
+from typing import NamedTuple, ParamSpec
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from adam_jax._engine.apply import step
 from adam_jax._engine.state import named_tuples
-from adam_jax._engine.transformation import Transformation, made_of
+from adam_jax._engine.transformation import Transformation, transformation_of
 from adam_jax._util import errors
 from adam_jax._util.numerics import decay_rate
 from adam_jax._util.paths import path_string
+from adam_jax._util.typing import Numeric, PyTree
+from adam_jax.optimizers._constructor import declared_range
 
 P = ParamSpec("P")
 
@@ -55,24 +56,29 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
     >>> round(float(get_hyperparams(state)["learning_rate"]), 6)
     0.0005
     """
-    with errors.naming("tunable"):
+    with errors.error_context("tunable"):
         errors.maker(constructor, "tunable(adam_jax.adamw)(1e-3)")
     signature, plain = inspect.signature(constructor), errors.name_of(constructor)
+
+    def is_tunable(argument: str) -> bool:
+        ranged = declared_range(argument) or errors.range_of(argument)
+        return ranged is not None and argument not in STARTS
+
     name = f"tunable({plain})"
 
     @functools.wraps(constructor)
     def make(*args: P.args, **kwargs: P.kwargs) -> Transformation:
-        with errors.naming(name):
+        with errors.error_context(name):
             bound = errors.arguments(signature, args, kwargs)
             example = constructor(*args, **kwargs)  # so that bad arguments raise here
         bound.apply_defaults()
-        given = {k: v for k, v in bound.arguments.items() if _is_tunable(k, v)}
+        given = {k: v for k, v in bound.arguments.items() if is_tunable(k) and v is not None}
 
-        def inner(values: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+        def inner(values: Mapping[str, PyTree]) -> optax.GradientTransformationExtraArgs:
             arguments = inspect.BoundArguments(signature, bound.arguments | values)  # type: ignore
             return optax.with_extra_args_support(constructor(*arguments.args, **arguments.kwargs))
 
-        def init(params: optax.Params) -> TunableState:
+        def init(params: PyTree) -> TunableState:
             count = jnp.zeros([], jnp.int32)
             zeros = {k: jnp.zeros([], jnp.float32) for k in given}
             unset = {k: jnp.zeros([], jnp.bool_) for k in given}
@@ -81,25 +87,25 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
             return TunableState(count, _numbers(values), zeros, unset, state)
 
         def update(
-            updates: optax.Updates,
-            state: Any,
-            params: optax.Params | None,
-            extra: Mapping[str, Any],
+            updates: PyTree,
+            state: PyTree,
+            params: PyTree,
+            extra: Mapping[str, PyTree],
             *,
             emit_params: bool,
-        ) -> tuple[optax.Updates, TunableState]:
+        ) -> tuple[PyTree, TunableState]:
             values = _effective(given, state.set_to, state.is_set, state.count)
             updates, new = step(
                 inner(values), updates, state.inner_state, params, extra, emit_params=emit_params
             )
-            count: Any = optax.safe_increment(state.count)
+            count = optax.safe_increment(state.count)
             return updates, state._replace(
                 count=count, hyperparams=_numbers(values), inner_state=new
             )
 
-        named = errors.naming(name)
+        named = errors.error_context(name)
         text = repr(example).replace(plain, name, 1)
-        return made_of((), named(init), named(update), text, emits_params=True)
+        return transformation_of((), named(init), named(update), text, emits_params=True)
 
     return make
 
@@ -107,15 +113,15 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
 STARTS = ("initial_scale", "initial_accumulator_value")
 
 
-def _is_tunable(name: str, value: Any) -> bool:
-    return name not in STARTS and value is not None and errors.allowed(name) is not None
-
-
 def _effective(
-    given: Mapping[str, Any], set_to: Mapping[str, Any], is_set: Mapping[str, Any], count: Any
-) -> dict[str, Any]:
+    given: Mapping[str, PyTree],
+    set_to: Mapping[str, PyTree],
+    is_set: Mapping[str, PyTree],
+    count: jax.Array,
+) -> dict[str, PyTree]:
     """The values of a step: what was set, else what was given. Decay rates keep their digits."""
-    values = {}
+    values: dict[str, PyTree] = {}
+    value: PyTree
     for name, value in given.items():
         value, other = value(count) if callable(value) else value, set_to[name]
         if errors.is_decay_rate(name):
@@ -125,15 +131,15 @@ def _effective(
     return values
 
 
-def _choose(is_set: jax.Array, given: Any, other: Any) -> jax.Array:
+def _choose(is_set: jax.Array, given: Numeric, other: Numeric) -> jax.Array:
     return jnp.where(is_set, other, jnp.asarray(given, jnp.float32))
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _numbers(values: Mapping[str, PyTree]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(getattr(value, "value", value)) for name, value in values.items()}
 
 
-def get_hyperparams(state: chex.ArrayTree, *, group: str | None = None) -> dict[str, jax.Array]:
+def get_hyperparams(state: PyTree, *, group: str | None = None) -> dict[str, jax.Array]:
     """The hyperparameters that the last step used, or the first will use.
 
     Args:
@@ -151,9 +157,7 @@ def get_hyperparams(state: chex.ArrayTree, *, group: str | None = None) -> dict[
     return {k: jax.tree.leaves(v)[0] for k, v in found.hyperparams.items()}
 
 
-def set_hyperparams(
-    state: chex.ArrayTree, *, group: str | None = None, **values: chex.Numeric | None
-) -> chex.ArrayTree:
+def set_hyperparams(state: PyTree, *, group: str | None = None, **values: Numeric | None) -> PyTree:
     """The state with other hyperparameters from the next step on.
 
     Args:
@@ -170,19 +174,20 @@ def set_hyperparams(
       TypeError: there is no hyperparameter of that name, or a value is no number.
     """
     found = _find("set_hyperparams", state, group)
-    with errors.naming("set_hyperparams"):
+    with errors.error_context("set_hyperparams"):
         errors.known_hyperparams(values, found.set_to)
         for name, value in values.items():
             if value is not None:
                 errors.not_a_schedule(name, value)
-                errors.argument(name, value)
+                errors.in_range(name, value, declared_range(name))
+                errors.hyperparam(name, value)
 
-    def put(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    def put(old: dict[str, PyTree], new: Mapping[str, PyTree]) -> dict[str, PyTree]:
         return old | {
             k: jax.tree.map(lambda x, v=v: jnp.asarray(v, x.dtype), old[k]) for k, v in new.items()
         }
 
-    def replace(node: Any) -> Any:
+    def replace(node: PyTree) -> PyTree:
         if node is not found:
             return node
         numbers = {k: v for k, v in values.items() if v is not None}
@@ -195,7 +200,7 @@ def set_hyperparams(
     return jax.tree.map(replace, state, is_leaf=lambda x: isinstance(x, TunableState))
 
 
-def _find(caller: str, state: Any, group: str | None) -> TunableState:
+def _find(caller: str, state: PyTree, group: str | None) -> TunableState:
     """The one tunable state that is meant."""
     found = {}
     for path, s in named_tuples(state):

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from adam_jax import rules
-from adam_jax._engine.chain import Chain, lift, link
+from adam_jax._engine.chain import Chain, link
 from adam_jax._engine.transformation import (
     Transformation,
-    made_of,
-    parts,
+    describe,
+    links_of,
     source_of,
-    told,
+    transformation_of,
     with_repr,
 )
 from adam_jax._util import errors
 from adam_jax._util.declare import Rule
-from adam_jax.optimizers._directions import scale_by_rule
+from adam_jax._util.typing import FROM_ZERO, DecayRate, NonNegative, PyTree
+from adam_jax.optimizers.from_rule import scale_by_rule
 from adam_jax.storage import Storage
 from adam_jax.transforms.chain import chain
 
@@ -63,8 +61,8 @@ def grams(tx: optax.GradientTransformation) -> Transformation:
 
 def mars(
     tx: optax.GradientTransformation,
-    gamma: chex.Numeric = 0.025,
-    b1: chex.Numeric = 0.95,
+    gamma: NonNegative = 0.025,
+    b1: DecayRate = 0.95,
     *,
     storage: Storage = None,
     implementation: str = "auto",
@@ -84,35 +82,36 @@ def mars(
     >>> import adam_jax
     >>> tx = mars(adam_jax.adamw(3e-3, b1=0.95, b2=0.99))
     """
-    given: dict[str, Any] = {"gamma": gamma, "b1": b1}
-    with errors.naming("mars"):
+    given = {"gamma": gamma, "b1": b1}
+    with errors.error_context("mars"):
         errors.transformation("tx", tx, "mars(tx)")
-        errors.argument("gamma", gamma)
+        errors.in_range("gamma", gamma, FROM_ZERO)
     corrected = scale_by_rule(rules.mars, storage=storage, implementation=implementation, **given)
     return with_repr(chain(corrected, tx), f"mars({tx!r}, gamma={gamma}, b1={b1})")
 
 
 def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
-    with errors.naming(rule.name):
+    with errors.error_context(rule.name):
         errors.transformation("tx", tx, f"{rule.name}(tx)")
-    if any(rules.descend is each.rule for each in parts(tx)) or _descends(tx):
-        errors.finished(rule.name, told(tx))
+    if any(link.rule is rules.descend for _, link in links_of(tx)) or _descends(tx):
+        errors.finished(rule.name, describe(tx))
     inner = optax.with_extra_args_support(tx)
-    follower = lift([link(rule, {})], "auto", rule.name, bare=True)
-    follow: Any = follower.update
+    follower = Chain(rule.name, (link(rule, {}),), "auto", bare=True)
+    follow = errors.error_context(rule.name)(follower.step)
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        **extra: PyTree,
+    ) -> tuple[PyTree, PyTree]:
         direction, state = inner.update(updates, state, params, **extra)
         empty = optax.EmptyState()
-        out, _ = follow.function(direction, empty, None, {}, emit_params=False, grads=updates)
+        out, _ = follow(direction, empty, None, {}, emit_params=False, grads=updates)
         return out, state
 
-    return made_of((tx, follower), tx.init, update, f"{rule.name}({tx!r})")
+    parts = (tx, follower.transformation())
+    return transformation_of(parts, tx.init, update, f"{rule.name}({tx!r})")
 
 
 def _descends(tx: optax.GradientTransformation) -> bool:
@@ -125,7 +124,7 @@ def _descends(tx: optax.GradientTransformation) -> bool:
     if isinstance(source_of(tx), Chain):  # whose links say what they are
         return False
 
-    def two_updates(one: jax.Array) -> Any:
+    def two_updates(one: jax.Array) -> PyTree:
         first, state = tx.update(one, tx.init(one), one)
         return first, tx.update(one, state, one)[0]
 

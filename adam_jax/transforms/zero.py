@@ -8,28 +8,27 @@ state. That is asked here whatever kind of axes the mesh has.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import chex
 import jax
 import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from adam_jax._engine.apply import step
-from adam_jax._engine.transformation import Transformation, is_last, made_of, told
+from adam_jax._engine.transformation import Transformation, describe, is_exact, transformation_of
 from adam_jax._util import errors
-from adam_jax._util.partition_specs import fitting, is_explicit, known_shardings, names, parts
+from adam_jax._util.partition_specs import drop_indivisible, is_explicit, making_known, names, parts
 from adam_jax._util.paths import by_key, is_box, rebox, unbox
+from adam_jax._util.typing import PyTree
 
 
 def state_sharding(
     tx: optax.GradientTransformation,
-    params: chex.ArrayTree,
-    specs: chex.ArrayTree | None = None,
+    params: PyTree,
+    specs: PyTree | None = None,
     mesh: Mesh | None = None,
     memory_kind: str | None = None,
-) -> chex.ArrayTree:
+) -> PyTree:
     """How the state of `tx` lies on the devices of its parameters: a tree of `NamedSharding`s.
 
     Moments, codes and the bits below parameters lie as their parameter does. So do the scales of
@@ -60,7 +59,7 @@ def state_sharding(
     >>> tuple(state_sharding(adam_jax.adamw(1e-3), params, specs, mesh)[0].mu["w"].spec)
     ('data', None)
     """
-    with errors.naming("state_sharding"):
+    with errors.error_context("state_sharding"):
         errors.transformation("tx", tx, "state_sharding(tx, params)")
     mesh = _mesh(params) if mesh is None else mesh
     if mesh is None:
@@ -71,7 +70,9 @@ def state_sharding(
     )
     typed = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(explicit, fitting(explicit, spec, x.shape))
+            x.shape,
+            x.dtype,
+            sharding=NamedSharding(explicit, drop_indivisible(explicit, spec, x.shape)),
         ),
         params,
         specs,
@@ -85,7 +86,7 @@ def zero1(
     tx: optax.GradientTransformation,
     mesh: Mesh,
     axis: str = "data",
-    specs: chex.ArrayTree | None = None,
+    specs: PyTree | None = None,
 ) -> Transformation:
     """ZeRO-1: parameters on every device, their state spread over the axis along which data is.
 
@@ -128,41 +129,41 @@ def zero1(
     >>> tuple(tx.init(params)[0].mu["w"].sharding.spec)
     ('data', None)
     """
-    with errors.naming("zero1"):
+    with errors.error_context("zero1"):
         errors.transformation("tx", tx, "zero1(tx, mesh)")
     errors.mesh_axis("zero1", mesh, axis)
     explicit = AxisType.Explicit in mesh.axis_types
     specs = _unboxed(specs)
 
-    def whole(params: Any) -> Any:
+    def whole(params: PyTree) -> PyTree:
         """How parameters lie outside."""
         if specs is not None:
             return _broadcast(specs, params)
         return jax.tree.map(lambda p: _spec(p) if is_explicit(p) else P(), params)
 
-    def spread(params: Any) -> Any:
+    def spread(params: PyTree) -> PyTree:
         """How they lie inside."""
         return jax.tree.map(
             lambda p, spec: _spread(mesh, axis, spec, p.shape), params, whole(params)
         )
 
-    def of_state(params: Any, layout: Any) -> Any:
+    def of_state(params: PyTree, layout: PyTree) -> PyTree:
         return state_sharding(tx, params, layout, mesh)
 
-    def init(params: optax.Params) -> optax.OptState:
+    def init(params: PyTree) -> PyTree:
         params = _unboxed(params)
         layout = spread(params)
         return _place(mesh, tx.init(_place(mesh, params, layout)), of_state(params, layout))
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None,
-        extra: Mapping[str, Any],
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra: Mapping[str, PyTree],
         *,
         emit_params: bool,
-    ) -> tuple[Any, optax.OptState]:
-        with errors.naming("zero1"):
+    ) -> tuple[PyTree, PyTree]:
+        with errors.error_context("zero1"):
             errors.on_explicit_mesh(mesh, updates)
         boxes = params if emit_params else updates
         updates, params = _unboxed(updates), _unboxed(params)
@@ -171,15 +172,15 @@ def zero1(
         inside = None if params is None else _place(mesh, params, layout)
         updates = _place(mesh, updates, layout)
         specs_by_key = {} if explicit else by_key(layout)
-        with known_shardings({k: NamedSharding(mesh, spec) for k, spec in specs_by_key.items()}):
+        with making_known({k: NamedSharding(mesh, spec) for k, spec in specs_by_key.items()}):
             out, state = step(tx, updates, state, inside, extra, emit_params=emit_params)
         if _guessed(out):  # by the partitioner, where nothing tells it how results lie
             state = _place(mesh, state, of_state(like, layout))
         out = _place(mesh, out, whole(like))
         return jax.tree.map(rebox, boxes, out, is_leaf=lambda x: x is None or is_box(x)), state
 
-    text = f"zero1({told(tx)}, {dict(mesh.shape)}, axis={axis})"
-    return made_of((tx,), init, update, text, emits_params=True, last=is_last(tx))
+    text = f"zero1({describe(tx)}, {dict(mesh.shape)}, axis={axis})"
+    return transformation_of((tx,), init, update, text, emits_params=True, exact=is_exact(tx))
 
 
 def _spread(mesh: Mesh, axis: str, spec: P, shape: Sequence[int]) -> P:
@@ -199,10 +200,10 @@ def _spread(mesh: Mesh, axis: str, spec: P, shape: Sequence[int]) -> P:
     return spec
 
 
-def _place(mesh: Mesh, tree: Any, layout: Any) -> Any:
+def _place(mesh: Mesh, tree: PyTree, layout: PyTree) -> PyTree:
     """Shard every array of a tree, inside a jitted function and outside."""
 
-    def place(x: Any, sharding: Any) -> Any:
+    def place(x: PyTree, sharding: PyTree) -> PyTree:
         if x is None:
             return None
         spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
@@ -216,27 +217,27 @@ def _place(mesh: Mesh, tree: Any, layout: Any) -> Any:
     return jax.tree.map(place, tree, layout, is_leaf=lambda x: x is None)
 
 
-def _unboxed(tree: Any) -> Any:
+def _unboxed(tree: PyTree) -> PyTree:
     """Return the tree without boxes of Flax: the shardings that they name aren't the state's."""
     return jax.tree.map(unbox, tree, is_leaf=is_box)
 
 
-def _guessed(tree: Any) -> bool:
+def _guessed(tree: PyTree) -> bool:
     return any(isinstance(x, Tracer) and not is_explicit(x) for x in jax.tree.leaves(tree))
 
 
-def _spec(x: Any) -> P:
+def _spec(x: PyTree) -> P:
     """How an array lies: an entry for each axis that is sharded."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
     return getattr(sharding, "spec", P())
 
 
-def _mesh(params: Any) -> Any:
+def _mesh(params: PyTree) -> PyTree:
     shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
     return next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
 
 
-def _broadcast(specs: Any, params: Any) -> Any:
+def _broadcast(specs: PyTree, params: PyTree) -> PyTree:
     """A spec for each parameter, where one may stand for a subtree."""
     return jax.tree.map(
         lambda spec, subtree: jax.tree.map(lambda _: P() if spec is None else spec, subtree),

@@ -1,0 +1,135 @@
+"""A leaf's step as backends see it: its operands, its result, and how parts make up a leaf."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from adam_jax._util.typing import PyTree
+from adam_jax.storage._moments import BlockAbsmax, Stored, is_quantized
+from adam_jax.storage._random_bits import Position, positions
+
+Means: TypeAlias = Sequence[jax.Array]
+"""The scalar means of the arrays that one call of `mean` is given."""
+
+Moments: TypeAlias = Sequence[tuple[Stored, ...]]
+"""For each rule that acts on the leaf, its moments."""
+
+
+class Operands(NamedTuple):
+    """What a step reads: the first four have the leaf's shape, or that of a part of it."""
+
+    update: jax.Array
+    """The gradient, or the direction of another transformation."""
+    grad: jax.Array | None
+    """The gradient, if `update` is a direction."""
+    param: PyTree
+    """The parameter, a SplitParam, or None."""
+    moments: Moments
+    scalars: jax.Array
+    """Every rule's step count and hyperparameters, packed."""
+    seeds: jax.Array | None
+    """The seeds of random bits, packed; None if nothing is rounded stochastically."""
+
+
+class Result(NamedTuple):
+    """What a step writes."""
+
+    output: PyTree
+    """The update, or the new parameter."""
+    moments: Moments
+
+
+class Aliased(enum.Enum):
+    """The operand that a step's output is written over."""
+
+    UPDATE = "update"
+    PARAM = "param"
+
+    def of(self, operands: Operands) -> PyTree:
+        """Return that operand."""
+        return operands.update if self is Aliased.UPDATE else operands.param
+
+
+class Part(NamedTuple):
+    """How the arrays of a step are part of the leaf."""
+
+    mean: Callable[[Sequence[jax.Array]], Means]
+    """Returns means over the whole leaf."""
+    position: Callable[[], Position]
+    """Returns where the elements are in the leaf, for random bits."""
+    block_absmax: BlockAbsmax | None = None
+    """Finds the largest magnitude of blocks of which only a part is here."""
+
+
+class Step(Protocol):
+    """The step of one leaf, or of a part of it. It is the same function in every backend."""
+
+    @property
+    def aliased(self) -> Aliased: ...
+
+    @property
+    def uses_mean(self) -> bool: ...
+
+    @property
+    def platform(self) -> str: ...
+
+    def __call__(
+        self, operands: Operands, part: Part
+    ) -> tuple[PyTree, Callable[[jax.Array | None], Moments]]:
+        """Return the output, and a function from seeds to the new moments as they are stored."""
+        ...
+
+
+def complete(step: Step, operands: Operands, part: Part) -> Result:
+    """Return the result of a step."""
+    output, encode = step(operands, part)
+    return Result(output, encode(operands.seeds))
+
+
+def mean_sizes(step: Step, operands: Operands) -> list[int]:
+    """Return how many arrays each call of `mean` takes in a step."""
+    sizes: list[int] = []
+
+    def mean(xs: Sequence[jax.Array]) -> Means:
+        sizes.append(len(xs))
+        return [jnp.mean(x) for x in xs]
+
+    if step.uses_mean:
+        without_bits = operands._replace(seeds=None)
+        part = Part(mean, functools.partial(positions, operands.update.shape))
+        jax.eval_shape(lambda given: step(given, part)[0], without_bits)
+    return sizes
+
+
+def next_averaged(
+    step: Step, operands: Operands, part: Part, known: Sequence[Means]
+) -> Sequence[jax.Array]:
+    """Return the arrays that a step averages in the first call of `mean` that isn't known yet."""
+    calls: list[Sequence[jax.Array]] = []
+
+    def mean(xs: Sequence[jax.Array]) -> Means:
+        calls.append(xs)
+        unknown = len(calls) > len(known)
+        return [jnp.zeros_like(x, shape=()) for x in xs] if unknown else known[len(calls) - 1]
+
+    step(operands, part._replace(mean=mean))
+    return calls[len(known)]
+
+
+def known_mean(means: Sequence[Means]) -> Callable[[Sequence[jax.Array]], Means]:
+    """Return a `mean` that has been computed before."""
+    known = iter(means)
+    return lambda _: next(known)
+
+
+def spans(tree: PyTree) -> list[int]:
+    """Return for each array how many of the leaf's columns one of its columns stands for."""
+    stored = jax.tree.leaves(tree, is_leaf=is_quantized)
+    per_leaf = [(1, x.elements_per_scale) if is_quantized(x) else (1,) for x in stored]
+    return [span for each in per_leaf for span in each]

@@ -1,0 +1,159 @@
+"""Conversion of states between optimizers and storage formats."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax._engine import split_params
+from adam_jax._engine.state import moment_fields, moments, named_tuples, state_class
+from adam_jax._engine.transformation import links_of
+from adam_jax._util import errors
+from adam_jax._util.numerics import abs_sq, arithmetic_dtype
+from adam_jax._util.typing import PyTree
+from adam_jax.storage import _moments
+
+COUNTS = ("count", "t", "step_count")
+
+Kind: TypeAlias = frozenset[str] | type
+"""The names of a state's moments, or its class if it has none: states of a kind are convertible."""
+
+
+def convert_state(state: PyTree, tx: optax.GradientTransformation, params: optax.Params) -> PyTree:
+    """Convert a running state into the formats and the structure of `tx`, to continue from there.
+
+    It converts between float32 and int8, out of another chain or `optax.inject_hyperparams`, and
+    from Optax's optimizer to ours of the same variant. It finds moments by their names, decodes
+    them, and encodes them as `tx` does, rounding to nearest. It keeps step counts. Other parts of
+    the state of `tx` are copied if `state` has them too (Schedule-Free's z, a chain's other
+    states), and are new otherwise.
+
+    Args:
+      state: the state of a running optimizer, Optax's or ours, or `nnx.Optimizer.opt_state`.
+      tx: the optimizer that continues the run.
+      params: the parameters, or anything of their structure, shapes, and dtypes.
+
+    Returns:
+      a state for `tx`.
+
+    Raises:
+      ValueError: `tx` has other moments, or moments of other shapes; the message names them.
+
+    >>> import adam_jax, jax.numpy as jnp, optax
+    >>> params = {"w": jnp.ones((64, 128))}
+    >>> running = optax.adamw(1e-3).init(params)
+    >>> tx = adam_jax.adamw(1e-3, storage="int8")
+    >>> convert_state(running, tx, params)[0].mu.codes["w"].dtype
+    dtype('int8')
+    """
+    with errors.error_context("convert_state"):
+        errors.transformation("tx", tx, "convert_state(state, tx, params)")
+        fresh = tx.init(params)
+        wanted = {_kind(s) for _, s in named_tuples(fresh)}
+        donors: dict[Kind, list[PyTree]] = {}
+        for _, s in named_tuples(state):
+            s = _recentered(s, wanted)
+            donors.setdefault(_kind(s), []).append(s)
+        declared = [moment for _, link in links_of(tx) for moment in link.rule.moments.items()]
+        maxima = {name for name, moment in declared if not moment.average}
+        converted = _convert(fresh, donors, _first_count(state), maxima)
+        unused = [sorted(kind) for kind, s in donors.items() if s and isinstance(kind, frozenset)]
+        if unused:
+            errors.not_convertible(unused, "which tx does not keep")
+        return converted
+
+
+def _kind(state: PyTree) -> Kind:
+    return frozenset(moment_fields(state)) or type(state)
+
+
+def _recentered(state: PyTree, wanted: Collection[Kind]) -> PyTree:
+    """Convert centered RMSprop's nu to the variance nu - mu², or back, if that is wanted."""
+    forms = frozenset({"mu", "nu"}), frozenset({"mu", "variance"})
+    kind = _kind(state)
+    if kind not in forms or kind in wanted or not any(form in wanted for form in forms):
+        return state
+    old, new, sign = ("nu", "variance", -1) if kind == forms[0] else ("variance", "nu", 1)
+    values, count = moments(state), _first_count(state)
+    other = jax.tree.map(lambda m, v: v + sign * abs_sq(m), values["mu"], values[old])
+    counted = {} if count is None else {"count": count}
+    return state_class(("mu", new), bool(counted))(**counted, mu=values["mu"], **{new: other})
+
+
+def _convert(
+    node: PyTree,
+    donors: dict[Kind, list[PyTree]],
+    count: jax.Array | None,
+    maxima: Collection[str],
+) -> PyTree:
+    """Return a fresh state, or a container of states, with the donors' values.
+
+    The moments named in `maxima` are no averages.
+    """
+
+    def convert(fresh: PyTree) -> PyTree:
+        if not hasattr(fresh, "_fields"):
+            return fresh
+        kind = _kind(fresh)
+        donor = donors[kind].pop(0) if donors.get(kind) else None
+        if donor is None and isinstance(kind, frozenset):
+            errors.not_convertible([sorted(kind)], "which the state does not have")
+        fields = moment_fields(fresh)
+        new = {}
+        for name in fresh._fields:
+            old = getattr(fresh, name)
+            # looked up by field, because every tuple has a method `count`
+            given = getattr(donor, name) if name in getattr(donor, "_fields", ()) else None
+            copied = given is not None and name not in COUNTS and not named_tuples(old)
+            if name in fields or copied:
+                new[name] = _moment(name, given, old, name not in maxima)
+            elif name in COUNTS:
+                given = count if given is None else jax.tree.leaves(given)[0]
+                new[name] = old if given is None else jnp.asarray(given, old.dtype)
+            else:
+                new[name] = _convert(old, donors, count, maxima)
+        return type(fresh)(**new)
+
+    return jax.tree.map(convert, node, is_leaf=lambda x: hasattr(x, "_fields"))
+
+
+def _moment(name: str, given: PyTree, old: PyTree, average: bool) -> PyTree:
+    """Return the values of a moment in the formats of another."""
+    theirs, ours = _moments.leaves(given), _moments.leaves(old)
+    if theirs.keys() != ours.keys():
+        missing, extra = (
+            [path for path, _ in sorted(keys)[:5]]
+            for keys in (ours.keys() - theirs.keys(), theirs.keys() - ours.keys())
+        )
+        errors.not_convertible(
+            [[name]], f"for other parameters: without {missing}, and beside them {extra}"
+        )
+    for key, x in ours.items():
+        got, shape = (jnp.shape(_moments.codes_or_values(stored)) for stored in (theirs[key], x))
+        if got != shape:
+            errors.not_convertible([[name]], f"of {key[0]!r} in shape {got} where tx has {shape}")
+    new = [_recode(name, average, theirs[key], x) for key, x in ours.items()]
+    return _moments.with_leaves(old, new)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _recode(name: str, average: bool, x: PyTree, like: PyTree) -> PyTree:
+    kept_in = getattr(like, "dtype", jnp.float32)
+    if name == "rest" and jnp.issubdtype(kept_in, jnp.integer):  # below master weights' parameters
+        return split_params.residual_as(x, like.dtype)
+    dtype = arithmetic_dtype(*_moments.dtypes((x, like)))
+    return _moments.encode(_moments.decode(x, dtype), like, None, average=average)
+
+
+def _first_count(state: PyTree) -> jax.Array | None:
+    """Return the first step count in a state."""
+    for _, s in named_tuples(state):
+        for name in COUNTS:
+            if name in getattr(s, "_fields", ()):
+                return jax.tree.leaves(getattr(s, name))[0]
+    return None

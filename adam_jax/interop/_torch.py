@@ -1,0 +1,141 @@
+"""Continuation of a run that started in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adam_jax._engine.state import state_class
+from adam_jax._util import errors
+from adam_jax._util.paths import leaves_with_path, path_string
+from adam_jax._util.typing import PyTree
+from adam_jax.interop._convert import convert_state
+
+TORCH_FIELDS = {
+    "exp_avg": "mu",
+    "exp_avg_sq": "nu",
+    "exp_inf": "nu",
+    "max_exp_avg_sq": "nu_max",
+    "square_avg": "nu",
+    "grad_avg": "mu",
+    "momentum_buffer": "trace",
+}
+"""PyTorch's names for moments, and ours."""
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    mapping: Sequence[str] | Callable[[Any, np.ndarray], tuple[str, np.ndarray]] | None = None,
+) -> PyTree:
+    """Convert the state of a PyTorch optimizer into a state of `tx`, to continue its run in JAX.
+
+    Use the same variant and hyperparameters: `adam` for torch.optim.Adam, `adamw` for AdamW,
+    `amsgrad(max_of="raw")` for Adam with amsgrad=True, `adamax` for Adamax, `radam` for RAdam
+    (whose ε PyTorch puts elsewhere), `nadam(momentum_decay=0.004)` for NAdam, `sgd(momentum=)` for
+    SGD. PyTorch itself is not needed: a state dict is a mapping of arrays.
+
+    Args:
+      state_dict: `optimizer.state_dict()`.
+      tx: the optimizer that continues the run.
+      params: the parameters in JAX.
+      mapping: the paths in JAX of PyTorch's parameters, in PyTorch's order, such as
+        ["dense/kernel", "dense/bias"]. Or a function from a parameter's name (its number if the
+        dict has no names) and its moment to the path and the moment in JAX's layout, such as
+        `flax_names(params)`. None takes the names in the dict, with / for each dot.
+
+    Returns:
+      a state for `tx`.
+
+    Raises:
+      ValueError: a parameter has no counterpart or another shape, in either direction, tx has other
+        moments, or parameters have made different numbers of steps.
+
+    >>> import adam_jax, jax.numpy as jnp, numpy as np
+    >>> moments = {"step": 3, "exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}
+    >>> state_dict = {"state": {0: moments}, "param_groups": [{"params": [0]}]}
+    >>> state = from_torch(state_dict, adam_jax.adamw(1e-3), {"w": jnp.ones(2)}, ["w"])
+    >>> int(adam_jax.step_count(state))
+    3
+    """
+    with errors.error_context("from_torch"):
+        errors.torch_state(state_dict)
+        errors.transformation("tx", tx, "from_torch(state_dict, tx, params)")
+    shapes = {path_string(p): jnp.shape(x) for p, x in leaves_with_path(params)}
+    groups = state_dict["param_groups"]
+    order = [index for group in groups for index in group["params"]]
+    names = [name for group in groups for name in group.get("param_names", ())]
+    if mapping is None and not names:
+        raise ValueError(
+            "from_torch: the state dict has no param_names; give mapping=, the paths in PyTorch's "
+            f"order, out of {', '.join(shapes)}"
+        )
+    names = names or order
+    paths = [str(name).replace(".", "/") for name in names]
+    if isinstance(mapping, Sequence):
+        paths = mapping
+        if len(paths) != len(order):
+            raise ValueError(
+                f"from_torch: mapping has {len(paths)} paths for {len(order)} parameters in PyTorch"
+            )
+    moments: dict[str, dict[str, jax.Array]] = {}
+    steps: set[int] = set()
+    for index, name, path in zip(order, names, paths, strict=True):
+        entry = state_dict["state"].get(index, {})
+        if "step" in entry:
+            steps.add(int(_to_numpy(entry["step"])))
+        for field, moment in TORCH_FIELDS.items():
+            if entry.get(field) is None:
+                continue
+            x = _to_numpy(entry[field])
+            if callable(mapping):
+                path, x = mapping(name, x)
+            if shapes.get(path) != x.shape:
+                raise ValueError(
+                    f"from_torch: {field} of PyTorch's {name!r} has shape {x.shape}, and {path!r} "
+                    + (f"has {shapes[path]}" if path in shapes else f"is not in {list(shapes)}")
+                    + "; give a mapping that names and transposes it, e.g. flax_names(params)"
+                )
+            moments.setdefault(moment, {})[path] = jnp.asarray(x)
+    if len(steps) > 1:
+        raise ValueError(f"from_torch: parameters have made different numbers of steps: {steps}")
+    count = jnp.int32(max(steps, default=0))
+    state = state_class(tuple(moments), counted=True)(count=count, **moments)
+    with errors.error_context("from_torch"):
+        return convert_state(state, tx, params)
+
+
+def flax_names(params: optax.Params) -> Callable[[str, np.ndarray], tuple[str, np.ndarray]]:
+    """Return a `mapping` for `from_torch`, from PyTorch's names and layouts to Flax's.
+
+    "layers.0.weight" becomes "layers/0/kernel", "/embedding", or "/scale", whichever is among the
+    parameters. Kernels of Linear and Conv are transposed to Flax's layout (inputs before outputs).
+
+    Args:
+      params: the parameters in JAX, Linen's or NNX's.
+    """
+    paths = {path_string(p) for p, _ in leaves_with_path(params)}
+
+    def mapping(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
+        path = str(name).replace(".", "/")
+        stem = path.removesuffix("/weight")
+        for suffix in ("/kernel", "/embedding", "/scale"):
+            if stem + suffix in paths:
+                axes = (*range(2, x.ndim), 1, 0) if suffix == "/kernel" else None
+                return stem + suffix, x.transpose(axes) if axes else x
+        return path, x
+
+    return mapping
+
+
+def _to_numpy(x: Any) -> np.ndarray:
+    """Convert a tensor or number; PyTorch's bfloat16 becomes float32."""
+    for name in ("detach", "cpu", "float"):
+        x = getattr(x, name)() if hasattr(x, name) else x
+    return np.asarray(x)

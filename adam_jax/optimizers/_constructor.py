@@ -1,0 +1,248 @@
+"""What turns a variant's function into a public constructor: checks, a repr, a full signature."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, ParamSpec, TypeAlias, TypedDict
+
+import jax
+import jax.numpy as jnp
+
+from adam_jax._engine.chain import Chain, Link
+from adam_jax._engine.transformation import Transformation, with_repr
+from adam_jax._util import errors
+from adam_jax._util.typing import Mask, Range, ScalarOrSchedule
+from adam_jax.optimizers._docs import complete
+from adam_jax.storage import Storage
+from adam_jax.storage._policy import describe_storage, is_function
+
+P = ParamSpec("P")
+Form: TypeAlias = Literal["decoupled", "independent", "cautious", "proximal", "l2"]
+
+
+class Options(TypedDict, total=False):
+    """The keywords that every constructor takes; `_docs.py` says what they mean."""
+
+    storage: Storage
+    implementation: str
+
+
+class FormOptions(Options, total=False):
+    """The keywords that every optimizer takes."""
+
+    weight_decay_form: Form
+    cautious: bool
+
+
+class MaskOptions(FormOptions, total=False):
+    """The keywords of an optimizer whose weight decay is positional, as in Optax."""
+
+    weight_decay_mask: Mask
+
+
+class DecayOptions(MaskOptions, total=False):
+    """The keywords of an optimizer that has no weight decay in Optax."""
+
+    weight_decay: ScalarOrSchedule | None
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "weight_decay": None,
+    "weight_decay_mask": None,
+    "weight_decay_form": "decoupled",
+    "cautious": False,
+    "storage": None,
+    "implementation": "auto",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One optimizer of the family.
+
+    Attributes:
+      name: of the constructor, `adam_jax.<name>`.
+      paper: its authors, and an arXiv number or a venue.
+      year: of the paper.
+      formula: what the learning rate η multiplies and the parameter p loses. g is the gradient,
+        m and v the averages of g and g², a hat corrects for their start at 0, λ is weight decay.
+      purpose: what it is for, in a line.
+      learning_rate: where to start, as a multiple of AdamW's learning rate.
+      constructor: the function.
+    """
+
+    name: str
+    paper: str
+    year: int
+    formula: str
+    purpose: str
+    learning_rate: str
+    constructor: Callable[..., Transformation] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def state(self) -> tuple[str, ...]:
+        """The arrays of a parameter's shape that it keeps with its default arguments."""
+        shape = (7,)  # no step count has it
+        init = self.constructor(1.0).init
+        state = jax.eval_shape(init, jax.ShapeDtypeStruct(shape, jnp.float32))
+        leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+        return tuple(path[-1].name for path, leaf in leaves if leaf.shape == shape)
+
+
+OPTIONS = (Options, FormOptions, MaskOptions, DecayOptions)
+
+ENTRIES: dict[str, Entry] = {}
+_LINKS: dict[Callable[..., Transformation], Callable[..., Link]] = {}
+_RANGES: list[dict[str, Range]] = []
+
+
+def direction(make: Callable[P, Link]) -> Callable[P, Transformation]:
+    """Make a public `scale_by_x` of a function that returns its link."""
+    name = make.__name__
+
+    def transformation(arguments: inspect.BoundArguments, text: str) -> Transformation:
+        link, options = make(*arguments.args, **arguments.kwargs), arguments.arguments
+        return Chain(name, (link,), options["implementation"], bare=True).transformation(text)
+
+    public = _public(make, transformation)
+    _LINKS[public] = make
+    return public
+
+
+def link_of(scale_by: Callable[P, Transformation]) -> Callable[P, Link]:
+    """Return the function that makes the link of a `scale_by_x`."""
+    return _LINKS[scale_by]
+
+
+def optimizer(
+    *, paper: str, year: int, formula: str, purpose: str, learning_rate: str
+) -> Callable[[Callable[P, Chain | Transformation]], Callable[P, Transformation]]:
+    """Make a public constructor of a function that returns a chain, and list it; see `Entry`."""
+
+    def decorate(make: Callable[P, Chain | Transformation]) -> Callable[P, Transformation]:
+        def transformation(arguments: inspect.BoundArguments, text: str) -> Transformation:
+            made = make(*arguments.args, **arguments.kwargs)
+            if not isinstance(made, Chain):
+                return with_repr(made, text)
+            return dataclasses.replace(made, name=make.__name__).transformation(text)
+
+        public = _public(make, transformation)
+        facts = (paper, year, formula, purpose, learning_rate)
+        ENTRIES[make.__name__] = Entry(make.__name__, *facts, public)
+        return public
+
+    return decorate
+
+
+def declared_range(argument: str) -> Range | None:
+    """Return the range that the constructors declare for an argument of this name."""
+    return next((ranges[argument] for ranges in _RANGES if argument in ranges), None)
+
+
+def _public(
+    make: Callable[P, Any],
+    transformation: Callable[[inspect.BoundArguments, str], Transformation],
+) -> Callable[P, Transformation]:
+    """Return a constructor with checked arguments, its name in errors, and a repr.
+
+    Every number is checked before anything is built, so that errors carry the name of the function
+    that the user called.
+    """
+    name, signature = make.__name__, _signature(make)
+    make.__doc__ = complete(inspect.getdoc(make) or "", signature)
+    ranges = _ranges(make)
+
+    @functools.wraps(make)
+    @errors.error_context(name)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Transformation:
+        bound = errors.arguments(signature, args, kwargs)
+        bound.apply_defaults()
+        for argument, allowed in ranges.items():
+            value = bound.arguments.get(argument)
+            if value is not None:
+                errors.in_range(argument, value, allowed)
+                errors.hyperparam(argument, value)
+        return transformation(bound, _text(name, bound))
+
+    checked.__dict__["__signature__"] = signature
+    _RANGES.append(ranges)
+    return checked
+
+
+class _TypeName(str):
+    """The name of a type, which `help` shows as it is."""
+
+    __repr__ = str.__str__
+
+
+class _Signature(inspect.Signature):
+    """The signature of a constructor, by which `optax.inject_hyperparams` binds its arguments.
+
+    That function takes every callable for a schedule, a storage function, too, and calls it with
+    the step count before the constructor runs. So the storage function has to say what is wrong.
+    """
+
+    name: str
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **kwargs)
+        given = bound.arguments.get("storage")
+        if is_function(given):
+            bound.arguments["storage"] = errors.no_schedule(self.name, given)
+        return bound
+
+
+def _signature(make: Callable[..., Any]) -> _Signature:
+    """Return the signature with the shared keywords one by one, and types by their names."""
+    *own, shared = inspect.signature(make).parameters.values()
+    named = {f"Unpack[{kind.__name__}]": kind for kind in OPTIONS}
+    annotations = named[shared.annotation].__annotations__
+    keywords = [
+        inspect.Parameter(k, shared.KEYWORD_ONLY, default=v, annotation=_type_name(annotations[k]))
+        for k, v in DEFAULTS.items()
+        if k in annotations
+    ]
+    own = [p.replace(annotation=_type_name(p.annotation)) for p in own]
+    signature = _Signature([*own, *keywords], return_annotation=_type_name("Transformation"))
+    signature.name = make.__name__
+    return signature
+
+
+def _type_name(annotation: str | typing.ForwardRef) -> str:
+    return _TypeName(getattr(annotation, "__forward_arg__", annotation))
+
+
+def _ranges(make: Callable[..., Any]) -> dict[str, Range]:
+    """Return the ranges that the arguments' types declare; see `Range`."""
+    names = {"weight_decay": "ScalarOrSchedule", **inspect.get_annotations(make)}
+    scope = {"ScalarOrSchedule": ScalarOrSchedule, **make.__globals__}
+    found = {}
+    for argument, name in names.items():
+        kind = scope.get(name.removesuffix(" | None"))
+        for mark in getattr(kind, "__metadata__", ()):
+            found[argument] = mark
+    return found
+
+
+def _text(name: str, bound: inspect.BoundArguments) -> str:
+    """Return the call that a repr shows: numbers, and what differs from its default."""
+    parameters = bound.signature.parameters
+    shown = {
+        k: describe_storage(v) if k == "storage" else v
+        for k, v in bound.arguments.items()
+        if isinstance(v, float) or v is not parameters[k].default
+    }
+    return call_text(name, shown)
+
+
+def call_text(name: str, arguments: Mapping[str, Any]) -> str:
+    """Return a call as text, with functions by their names."""
+
+    def text(value: Any) -> str:
+        return getattr(value, "__name__", "schedule") if callable(value) else str(value)
+
+    return f"{name}({', '.join(f'{k}={text(v)}' for k, v in arguments.items())})"

@@ -1,0 +1,134 @@
+"""NAdam and NAdamW."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from adam_jax import rules
+from adam_jax._engine.chain import Chain, Link, link
+from adam_jax._util.typing import DecayRate, DType, Mask, NonNegative, ScalarOrSchedule
+from adam_jax.optimizers._common import descend
+from adam_jax.optimizers._constructor import (
+    DecayOptions,
+    MaskOptions,
+    Options,
+    direction,
+    link_of,
+    optimizer,
+)
+from adam_jax.optimizers.adam import scale_by_adam
+from adam_jax.storage._policy import with_dtype
+
+__all__ = ["nadam", "nadamw", "scale_by_nadam"]
+
+
+@direction
+def scale_by_nadam(
+    b1: DecayRate = 0.9,
+    b2: DecayRate = 0.999,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
+    mu_dtype: DType = None,
+    *,
+    momentum_decay: NonNegative | None = None,
+    **options: Unpack[Options],
+) -> Link:
+    """Return the direction of `nadam`.
+
+    >>> scale_by_nadam(momentum_decay=0.004)
+    scale_by_nadam(b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, momentum_decay=0.004)
+    """
+    storage = with_dtype(options.get("storage"), "mu", "mu_dtype", mu_dtype)
+    given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    if momentum_decay is None:
+        return link(rules.nadam, given, storage=storage)
+    given["momentum_decay"] = momentum_decay
+    return link(rules.nadam_scheduled, given, storage=storage)
+
+
+@optimizer(
+    paper="Dozat, ICLR workshop",
+    year=2016,
+    formula="(β₁·m̂₊ + (1−β₁)·ĝ) / (√v̂ + ε)",
+    purpose="Adam with Nesterov's look ahead",
+    learning_rate="1",
+)
+def nadam(
+    learning_rate: ScalarOrSchedule,
+    b1: DecayRate = 0.9,
+    b2: DecayRate = 0.999,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
+    mu_dtype: DType = None,
+    *,
+    nesterov: bool = True,
+    momentum_decay: NonNegative | None = None,
+    **options: Unpack[DecayOptions],
+) -> Chain:
+    """NAdam: Adam with Nesterov's look ahead.
+
+    The numerator of `adam` is replaced by the momentum that the next step would have.
+    Source: Dozat (2016), Incorporating Nesterov Momentum into Adam.
+
+    Args:
+      nesterov: False gives `adam` (Optax's argument).
+      momentum_decay: None for a constant momentum, as in Optax; d ≥ 0 for
+        b1·(1 - ½·0.96^(t·d)), which is 0.004 in PyTorch and 1.0 in Keras.
+
+    >>> nadam(1e-3, momentum_decay=0.004)  # torch.optim.NAdam
+    nadam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, \
+momentum_decay=0.004)
+    """
+    storage = options.get("storage")
+    along = (
+        link_of(scale_by_nadam)(
+            b1, b2, eps, eps_root, mu_dtype, momentum_decay=momentum_decay, storage=storage
+        )
+        if nesterov
+        else link_of(scale_by_adam)(b1, b2, eps, eps_root, mu_dtype, storage=storage)
+    )
+    return descend(along, learning_rate, **options)
+
+
+@optimizer(
+    paper="Dozat, ICLR workshop",
+    year=2016,
+    formula="(β₁·m̂₊ + (1−β₁)·ĝ) / (√v̂ + ε) + λ·p",
+    purpose="AdamW with Nesterov's look ahead",
+    learning_rate="1",
+)
+def nadamw(
+    learning_rate: ScalarOrSchedule,
+    b1: DecayRate = 0.9,
+    b2: DecayRate = 0.999,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
+    mu_dtype: DType = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    nesterov: bool = True,
+    momentum_decay: NonNegative | None = None,
+    **options: Unpack[MaskOptions],
+) -> Chain:
+    """NAdamW: `nadam` with decoupled weight decay.
+
+    Source: Dozat (2016) and Loshchilov & Hutter (2019). AlgoPerf's NAdamW is a variant of this one:
+    it divides the looked-ahead momentum by 1 - b1^t alone.
+
+    Args:
+      nesterov: False gives `adam` (Optax's argument).
+      momentum_decay: None for a constant momentum, as in Optax; d ≥ 0 for
+        b1·(1 - ½·0.96^(t·d)), which is 0.004 in PyTorch and 1.0 in Keras.
+
+    >>> tx = nadamw(1e-3, weight_decay=0.05)
+    """
+    storage = options.get("storage")
+    along = (
+        link_of(scale_by_nadam)(
+            b1, b2, eps, eps_root, mu_dtype, momentum_decay=momentum_decay, storage=storage
+        )
+        if nesterov
+        else link_of(scale_by_adam)(b1, b2, eps, eps_root, mu_dtype, storage=storage)
+    )
+    return descend(along, learning_rate, weight_decay=weight_decay, mask=mask, **options)

@@ -1,0 +1,70 @@
+"""Clipping by the global norm, inside the step of the optimizer that follows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import optax
+
+from adam_jax import rules
+from adam_jax._engine.chain import Chain, Link, link
+from adam_jax._engine.transformation import Transformation, transformation_of
+from adam_jax._util import errors
+from adam_jax._util.numerics import arithmetic_dtype
+from adam_jax._util.typing import Numeric, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalNormClip:
+    """The source of `clip_by_global_norm`."""
+
+    max_norm: Numeric
+
+    def link(self, updates: PyTree) -> Link:
+        """Return the link that clips these updates."""
+        wide = jax.tree.map(lambda u: u.astype(arithmetic_dtype(u.dtype)), updates)
+        return link(rules.clip, {"norm": optax.tree.norm(wide), "max_norm": self.max_norm})
+
+
+@errors.error_context("clip_by_global_norm")
+def clip_by_global_norm(max_norm: Numeric) -> Transformation:
+    """Scale updates down to a global norm of at most max_norm.
+
+    In front of one of our optimizers in `adam_jax.chain` it is computed inside the optimizer's
+    step: the clipped gradients are never written, and not rounded to the gradients' dtype.
+    Elsewhere it is `optax.clip_by_global_norm`, with the norm in float32.
+    Source: Pascanu et al. (2013), On the difficulty of training recurrent neural networks,
+    Algorithm 1.
+
+    Args:
+      max_norm: > 0, the largest norm of all updates together.
+
+    Returns:
+      an Optax transformation without state.
+
+    Raises:
+      ValueError: max_norm is not above 0.
+
+    >>> import adam_jax
+    >>> adam_jax.chain(clip_by_global_norm(1.0), adam_jax.sgd(0.1))
+    chain(clip_by_global_norm(1.0), sgd(learning_rate=0.1))
+    """
+    errors.hyperparam("max_norm", max_norm)
+    errors.not_a_schedule("max_norm", max_norm)
+    errors.above_zero("max_norm", max_norm)
+    clip = GlobalNormClip(max_norm)
+
+    @errors.error_context("clip_by_global_norm")
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        **extra: PyTree,
+    ) -> tuple[PyTree, PyTree]:
+        del params
+        chain = Chain("clip_by_global_norm", (clip.link(updates),), "auto", bare=True)
+        return chain.step(updates, state, None, extra, emit_params=False)
+
+    text = f"clip_by_global_norm({max_norm})"
+    return transformation_of(clip, optax.identity().init, update, text)

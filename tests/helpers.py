@@ -1,0 +1,219 @@
+"""What several test modules share: rules with their references, trees, steps, and readings of HLO.
+
+A rule joins by being in `adam_jax.rules.RULES`; its hyperparameters' defaults are its reference's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import adam_jax
+import reference
+from adam_jax import positive, rule, signed
+from adam_jax.analysis.catalogue import constructors
+
+MB = 10**6
+QUICKLY = {"xla_backend_optimization_level": 0}  # halves the time that compilation takes
+
+# Rules
+
+
+@rule(mu=signed, nu=positive)
+def homemade(g, mu, nu, *, t, b1=0.9, b2=0.99, eps=1e-8):
+    """Step as a user's rule, written as in a paper: plain arithmetic on the decay rates."""
+    mu = b1 * mu + (1 - b1) * g
+    nu = b2 * nu + (1 - b2) * abs(g) ** 2
+    return mu / (1 - b1**t) / (adam_jax.sqrt(nu / (1 - b2**t)) + eps), mu, nu
+
+
+def homemade_reference(g, s, *, t, b1=0.9, b2=0.99, eps=1e-8):
+    return reference.adam(g, s, t=t, b1=b1, b2=b2, eps=eps)
+
+
+def mars_reference(g, s, *, t, gamma=0.025, b1=0.95):
+    previous = s.get("g_prev", np.zeros_like(g))
+    return reference.mars(g, previous, gamma=gamma, b1=b1), {"g_prev": g}
+
+
+REFERENCES = {"homemade": homemade_reference, "mars": mars_reference}
+RULES = {
+    "homemade": homemade,
+    # all that make a direction of a gradient: not those that follow one, or need the parameters
+    **{k: r for k, r in adam_jax.rules.RULES.items() if r.moments and "p" not in r.inputs},
+}
+REFERENCES |= {name: getattr(reference, name) for name in RULES if name not in REFERENCES}
+
+every_rule = pytest.mark.parametrize("name", RULES)
+
+TYPICAL = ("adam", "amsgrad", "stable_adamw", "trace")
+"""For what the engine does: a plain rule, one with a maximum, with a mean, without a step count."""
+
+typical_rules = pytest.mark.parametrize("name", TYPICAL)
+
+
+def defaults(name):
+    """Return the hyperparameters of a rule's reference that have defaults."""
+    return {
+        k: p.default
+        for k, p in inspect.signature(REFERENCES[name]).parameters.items()
+        if p.default is not p.empty
+    }
+
+
+def optimizer(name, learning_rate=1e-2, **keywords):
+    """Make an optimizer of a rule with its reference's hyperparameters."""
+    return adam_jax.from_rule(RULES[name], learning_rate, **defaults(name), **keywords)
+
+
+FINISHED = {k: make for k, make in constructors().items() if k != "schedule_free_adamw"}
+every_optimizer = pytest.mark.parametrize("name", FINISHED)
+
+
+def updates_over(tx, gradients, params=None):
+    """Return the updates over given gradients, the parameters standing still."""
+    params = jnp.zeros_like(gradients[0]) if params is None else params
+    update = functools.partial(tx.update, params=params)
+    return jax.lax.scan(lambda s, g: update(g, s)[::-1], tx.init(params), jnp.asarray(gradients))[1]
+
+
+def run_reference(name, gradients, **changes):
+    """Return the directions of a rule's reference, one for each gradient."""
+    state, out = {}, []
+    for t, g in enumerate(gradients, start=1):
+        u, state = REFERENCES[name](np.asarray(g), state, t=t, **{**defaults(name), **changes})
+        out.append(u)
+    return np.stack(out)
+
+
+def gradients_with_everything(steps=60):
+    """Draw sizes from 1e-3 to 10, signs that flip, an element and a step without a gradient."""
+    rng = np.random.default_rng(1)
+    g = rng.normal(size=(steps, 5, 3)) * 10.0 ** rng.uniform(-3, 1, size=(1, 5, 3))
+    g[:, 0, 0] = 0
+    g[7] = 0
+    return g
+
+
+# Trees
+
+# two leaves of one shape: each rule is compiled for each shape
+SHAPES = {"dense": {"kernel": (8, 4), "gate": (8, 4)}, "scale": ()}
+
+
+def tree(seed=0, dtype=np.float32, shapes=SHAPES, scale=1.0):
+    """Draw normal arrays of these shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(scale * rng.normal(size=shape)).astype(dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def shaped(tree):
+    """Replace shapes by descriptions of float32 arrays."""
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def gpt2_small():
+    """Return the shapes of its 148 leaves."""
+    layer = {
+        "ln_1": {"scale": (768,), "bias": (768,)},
+        "attn": {"kernel": (768, 2304), "bias": (2304,), "out": (768, 768), "out_bias": (768,)},
+        "ln_2": {"scale": (768,), "bias": (768,)},
+        "mlp": {"fc": (768, 3072), "fc_bias": (3072,), "proj": (3072, 768), "proj_bias": (768,)},
+    }
+    tree = {"wte": (50257, 768), "wpe": (1024, 768), "ln_f": {"scale": (768,), "bias": (768,)}}
+    return shaped(tree | {f"h{i}": layer for i in range(12)})
+
+
+def nbytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def leaves_of(tree):
+    """Return the leaves with their paths."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+# Steps
+
+
+def step_of(tx):
+    """Return the step of a training loop as Optax writes it."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def masters(tx):
+    """Keep the bits below bfloat16 parameters in 8 more."""
+    return adam_jax.master_weights(tx, bits=24)
+
+
+# Devices
+
+every_mode = pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+)
+
+SENT = re.compile(r"= (.*) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+)\(")
+
+
+def sent(program):
+    """Return what the collectives of a compiled program carry: (operation, dtype, elements)."""
+    found = []
+    for match in SENT.finditer(program):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
+            found.append((match[2], dtype, math.prod(int(n) for n in shape.split(",") if n)))
+    return found
+
+
+def largest_sent(program):
+    """Return the elements of the largest array that a collective carries."""
+    return max((n for *_, n in sent(program)), default=0)
+
+
+# Messages
+
+
+def says(function, *parts):
+    """Return a pattern of what a function says that has these parts, in any order and any words."""
+
+    def whole(part):
+        start, end = (r"\b" if part[k].isalnum() else "" for k in (0, -1))
+        return start + re.escape(part) + end
+
+    return rf"(?s)^{re.escape(function)}\b" + "".join(f"(?=.*{whole(part)})" for part in parts)
+
+
+# Processes
+
+
+class Without:
+    """Import all but one package, as if that one were not installed."""
+
+    def __init__(self, package: str):
+        self.package = package
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
