@@ -1,17 +1,19 @@
-"""Write adam_jax/optimizers/__init__.py from the variants' files: `python tools/exports.py`.
+"""Write adam_jax/optimizers/__init__.py and the README's table: `python tools/exports.py`.
 
 Type checkers and editors read a package without running it, so its imports must be written out.
-With --check it exits with 1 if the file is stale.
+With --check it exits with 1 if the imports are stale.
 """
 
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adam_jax" / "optimizers"
 INIT = PACKAGE / "__init__.py"
+README = PACKAGE.parents[1] / "README.md"
 
 
 def exported(path: Path) -> list[str]:
@@ -50,8 +52,18 @@ def source() -> str:
     ).replace("'", '"')
 
 
+def write_table() -> None:
+    """Write the catalogue into the README, between its markers."""
+    command = [sys.executable, "-m", "adam_jax", "list", "--markdown"]
+    table = subprocess.check_output(command, cwd=README.parent, text=True)
+    start, end = "<!-- catalogue -->\n", "<!-- /catalogue -->"
+    before, _, rest = README.read_text().partition(start)
+    README.write_text(f"{before}{start}{table}{end}{rest.partition(end)[2]}")
+
+
 if __name__ == "__main__":
     if "--check" not in sys.argv:
         INIT.write_text(source())
+        write_table()
     elif INIT.read_text() != source():
         sys.exit(f"{INIT} is stale; run python tools/exports.py")

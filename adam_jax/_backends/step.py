@@ -64,7 +64,7 @@ class Part(NamedTuple):
     position: Callable[[], Position]
     """Returns where the elements are in the leaf, for random bits."""
     block_absmax: BlockAbsmax | None = None
-    """Finds the largest magnitude of blocks of which only a part is here."""
+    """Computes block maxima if this part has only some of the elements of a block."""
 
 
 class Step(Protocol):
@@ -129,7 +129,7 @@ def known_mean(means: Sequence[Means]) -> Callable[[Sequence[jax.Array]], Means]
 
 
 def spans(tree: PyTree) -> list[int]:
-    """Return for each array how many of the leaf's columns one of its columns stands for."""
+    """Return, for each array, the leaf's columns per column: its block for scales, else 1."""
     stored = jax.tree.leaves(tree, is_leaf=is_quantized)
     per_leaf = [(1, x.elements_per_scale) if is_quantized(x) else (1,) for x in stored]
     return [span for each in per_leaf for span in each]

@@ -1,9 +1,8 @@
 """Lifts rules to a pytree: the only loop over leaves.
 
 A `Link` is a rule with its hyperparameters. A `Chain` of links is executed leaf by leaf in one
-pass: the gradient goes in, every link transforms it in turn, in float32 whatever the leaf's dtype,
-and the update comes out in the gradient's dtype, or the parameter with the update applied. The
-state has Optax's structure.
+pass: each link transforms the gradient in turn. A step returns the update in the gradient's dtype,
+or the new parameter. The state has Optax's structure.
 """
 
 from __future__ import annotations
@@ -134,8 +133,8 @@ def _scalar(name: str, value: jax.typing.ArrayLike | Decay) -> Scalar:
 class Chain:
     """Links that run on every leaf, one after the other.
 
-    With `bare` its state is that of the only link, else a tuple with the state of each, as in
-    `optax.chain`. Errors at init and update begin with `name`.
+    If `bare`, the chain has one link, and its state is that link's. Otherwise the state is a tuple
+    with one state per link, as in `optax.chain`. Errors at init and update begin with `name`.
     """
 
     name: str
@@ -200,11 +199,11 @@ class Chain:
         return outputs, self._next(tree, states, steps, [moments for _, moments in stepped])
 
     def _scaled(self) -> bool:
-        """Whether a learning rate scales its updates: then, most likely, parameters get them."""
+        """Whether a learning rate scales the updates, which are then probably added to parameters."""
         return any("learning_rate" in link.rule.hyperparams for link in self.links)
 
     def _states(self, state: PyTree) -> list[State]:
-        """Return the state of each link, out of the masks around them."""
+        """Return each link's state, unwrapped from its `MaskedState`."""
         masked = [link.mask is not None for link in self.links]
         errors.states(state, [link.state for link in self.links], masked, self.bare)
         states = [state] if self.bare else state

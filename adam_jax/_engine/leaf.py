@@ -184,9 +184,9 @@ def _encode(
 ) -> tuple[Stored, ...]:
     """Return the new moments of one rule as the old ones are stored.
 
-    Only a gradient that isn't finite makes its block NaN. The square of a finite one may overflow:
-    then the largest finite number stands for Inf. Whether the gradient is finite is known from a
-    signed moment in the same blocks, or else costs three instructions per element.
+    Only a gradient that isn't finite makes its block NaN. If the square of a finite gradient
+    overflows, the largest finite number replaces Inf. A signed moment in the same blocks shows
+    whether the gradient is finite. Without one, the check costs three instructions per element.
     """
     encoded: dict[str, Stored] = {}
     for (name, moment), x, stored in zip(rule.moments.items(), new, old, strict=True):

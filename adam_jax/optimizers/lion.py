@@ -51,9 +51,10 @@ def lion(
     mask: Mask = None,
     **options: Unpack[MaskOptions],
 ) -> Chain:
-    """Lion: the sign of a momentum; one moment, and steps of one size.
+    """Lion: step by the sign of a momentum, with one moment.
 
-    Learning rates are 3 to 10 times smaller than AdamW's, weight decay as much larger.
+    Every element moves by the learning rate. Use a learning rate 3 to 10 times smaller than AdamW's
+    and a weight decay 3 to 10 times larger.
     Source: Chen et al. (2023), Symbolic Discovery of Optimization Algorithms, Algorithm 2.
 
     Args:
