@@ -199,7 +199,7 @@ class Chain:
         return outputs, self._next(tree, states, steps, [moments for _, moments in stepped])
 
     def _scaled(self) -> bool:
-        """Whether a learning rate scales the updates, which are then probably added to parameters."""
+        """Whether a learning rate scales the updates, so that parameters probably get them."""
         return any("learning_rate" in link.rule.hyperparams for link in self.links)
 
     def _states(self, state: PyTree) -> list[State]:
