@@ -41,7 +41,7 @@ def source() -> str:
         [
             '"""The optimizers, one file per variant."""',
             "",
-            "# Written by tools/exports.py: type checkers read imports without running them.",
+            "# Written by tools/exports.py, so that type checkers see every name.",
             *imports,
             "",
             "__all__ = [",

@@ -48,5 +48,5 @@ NonNegative: TypeAlias = Annotated[Numeric, FROM_ZERO]
 Schedule: TypeAlias = Callable[..., PyTree]
 """A function of the step count."""
 
-ScalarOrSchedule: TypeAlias = Annotated[Numeric | Schedule, FROM_ZERO]
+ScalarOrSchedule: TypeAlias = Annotated[optax.ScalarOrSchedule, FROM_ZERO]
 DecayRateOrSchedule: TypeAlias = Annotated[Numeric | Schedule, UNIT]

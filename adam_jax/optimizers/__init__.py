@@ -1,6 +1,6 @@
 """The optimizers, one file per variant."""
 
-# Written by tools/exports.py: type checkers read imports without running them.
+# Written by tools/exports.py, so that type checkers see every name.
 from adam_jax.optimizers.adabelief import adabelief, scale_by_belief
 from adam_jax.optimizers.adam import adam, adamw, scale_by_adam
 from adam_jax.optimizers.adam_atan2 import adam_atan2, scale_by_adam_atan2

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from adam_jax._engine.chain import Chain, Link
 from adam_jax._engine.transformation import Transformation, with_repr
 from adam_jax._util import errors
-from adam_jax._util.typing import Mask, Range, ScalarOrSchedule
+from adam_jax._util.typing import Mask, PyTree, Range, ScalarOrSchedule
 from adam_jax.optimizers._docs import complete
 from adam_jax.storage import Storage
 from adam_jax.storage._policy import describe_storage, is_function
@@ -173,10 +173,21 @@ def _public(
     return checked
 
 
-class _TypeName(str):
-    """The name of a type, which `help` shows as it is."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _NamedType:
+    """A type that `help` shows by its name, and that is equal to the type."""
 
-    __repr__ = str.__str__
+    name: str
+    type: PyTree
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __eq__(self, other: PyTree) -> bool:
+        return other == self.type
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 
 class _Signature(inspect.Signature):
@@ -202,28 +213,31 @@ def _signature(make: Callable[..., Any]) -> _Signature:
     named = {f"Unpack[{kind.__name__}]": kind for kind in OPTIONS}
     annotations = named[shared.annotation].__annotations__
     keywords = [
-        inspect.Parameter(k, shared.KEYWORD_ONLY, default=v, annotation=_type_name(annotations[k]))
+        inspect.Parameter(k, shared.KEYWORD_ONLY, default=v, annotation=annotations[k])
         for k, v in DEFAULTS.items()
         if k in annotations
     ]
-    own = [p.replace(annotation=_type_name(p.annotation)) for p in own]
-    signature = _Signature([*own, *keywords], return_annotation=_type_name("Transformation"))
+    scope = {**globals(), **make.__globals__}
+    parameters = [p.replace(annotation=_named_type(p.annotation, scope)) for p in (*own, *keywords)]
+    returned = _NamedType("Transformation", Transformation)
+    signature = _Signature(parameters, return_annotation=returned)
     signature.name = make.__name__
     return signature
 
 
-def _type_name(annotation: str | typing.ForwardRef) -> str:
-    return _TypeName(getattr(annotation, "__forward_arg__", annotation))
+def _named_type(annotation: str | typing.ForwardRef, scope: Mapping[str, Any]) -> _NamedType:
+    name = str(getattr(annotation, "__forward_arg__", annotation))
+    kind = scope.get(name.removesuffix(" | None"))
+    return _NamedType(name, getattr(kind, "__origin__", kind))
 
 
 def _ranges(make: Callable[..., Any]) -> dict[str, Range]:
     """Return the ranges that the arguments' types declare; see `Range`."""
     names = {"weight_decay": "ScalarOrSchedule", **inspect.get_annotations(make)}
-    scope = {"ScalarOrSchedule": ScalarOrSchedule, **make.__globals__}
-    found = {}
+    scope = {**globals(), **make.__globals__}
+    found: dict[str, Range] = {}
     for argument, name in names.items():
-        kind = scope.get(name.removesuffix(" | None"))
-        for mark in getattr(kind, "__metadata__", ()):
+        for mark in getattr(scope.get(name.removesuffix(" | None")), "__metadata__", ()):
             found[argument] = mark
     return found
 

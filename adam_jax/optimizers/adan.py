@@ -63,6 +63,7 @@ def adan(
     authors' weight decay is weight_decay_form="proximal"; Optax adds it ("decoupled").
 
     Args:
+      b1: decay rate of the average gradient, in [0, 1); the paper's 1 - β1.
       b2: decay rate of the average difference of gradients, in [0, 1).
       b3: decay rate of the average square, in [0, 1).
       eps_root: ≥ 0, added under the root; 0 in the authors' code, 1e-8 in Optax.

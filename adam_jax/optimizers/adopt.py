@@ -65,8 +65,8 @@ def adopt(
 
     Args:
       eps: ≥ 0, the least root that is divided by.
-      nesterov: average the normalised gradient into the momentum once more.
-      use_clipping: whether the normalised gradient is clipped to ±clip_value_fn(steps made).
+      nesterov: average the normalized gradient into the momentum once more.
+      use_clipping: whether the normalized gradient is clipped to ±clip_value_fn(steps made).
       clip_value_fn: the bound; None for steps**0.25, as in the paper.
 
     >>> tx = adopt(1e-3)

@@ -16,14 +16,7 @@ from adam_jax._engine.state import RmsCounted, named_tuples
 from adam_jax._engine.transformation import Transformation, transformation_of
 from adam_jax._util import errors
 from adam_jax._util.numerics import arithmetic_dtype
-from adam_jax._util.typing import (
-    DecayRate,
-    DType,
-    NonNegative,
-    Numeric,
-    PyTree,
-    ScalarOrSchedule,
-)
+from adam_jax._util.typing import DecayRate, DType, NonNegative, Numeric, PyTree, ScalarOrSchedule
 from adam_jax.optimizers._constructor import Options, optimizer
 from adam_jax.storage import Quantized
 from adam_jax.storage._policy import unquantized, with_dtype
@@ -41,7 +34,7 @@ class _Iterate(NamedTuple):
 @optimizer(
     paper="Defazio et al., arXiv:2405.15682",
     year=2024,
-    formula="g / (√v̂ + ε) + λ·p moves z; y between z and its mean x",
+    formula="g / (√v̂ + ε) + λ·y moves z; y between z and its mean x",
     purpose="no schedule needed; evaluate at x",
     learning_rate="1–10",
 )
@@ -110,7 +103,7 @@ def schedule_free_adamw(
         return jnp.asarray(rate, dtype) * rise
 
     # so that bad arguments raise here, and the learning rate can be found
-    rate: ScalarOrSchedule = warmed_up if scheduled else learning_rate
+    rate: PyTree = warmed_up if scheduled else learning_rate
     checked = chain(rate, 0.0)
 
     def init(params: optax.Params) -> PyTree:

@@ -82,7 +82,7 @@ def mars(
     >>> import adam_jax
     >>> tx = mars(adam_jax.adamw(3e-3, b1=0.95, b2=0.99))
     """
-    given = {"gamma": gamma, "b1": b1}
+    given: dict[str, PyTree] = {"gamma": gamma, "b1": b1}
     with errors.error_context("mars"):
         errors.transformation("tx", tx, "mars(tx)")
         errors.in_range("gamma", gamma, FROM_ZERO)
