@@ -51,7 +51,7 @@ RULES = {
     # all that make a direction of a gradient: not those that follow one, or need the parameters
     **{k: r for k, r in adam_jax.rules.RULES.items() if r.moments and "p" not in r.inputs},
 }
-REFERENCES |= {name: f for name, f in vars(reference).items() if name in RULES}
+REFERENCES = {name: f for name, f in vars(reference).items() if name in RULES} | REFERENCES
 if missing := RULES.keys() - REFERENCES.keys():
     raise pytest.UsageError(
         f"tests/reference.py must define {', '.join(sorted(missing))}: the float64 reference of a "
