@@ -34,6 +34,7 @@ from adam_jax._util.partition_specs import known_shardings
 from adam_jax._util.paths import Key, is_box, keys, map_with_path, rebox, unbox
 from adam_jax._util.typing import KeyPath, Mask, Numeric, PyTree, ScalarOrSchedule
 from adam_jax.storage import MIN_SIZE, Quantized, Storage, _moments, _policy
+from adam_jax.storage._blockwise import QuantizedLeaf
 from adam_jax.storage._moments import Stored
 
 Scalar: TypeAlias = np.float64 | jax.Array | Decay
@@ -209,14 +210,15 @@ class Chain:
         states = [state] if self.bare else state
         return [s.inner_state if m else s for s, m in zip(states, masked, strict=True)]
 
-    def _moments(self, tree: Tree, states: Sequence[State]) -> list[list[tuple[Stored, ...]]]:
+    def _moments(self, tree: Tree, states: Sequence[State]) -> list[tuple[tuple[Stored, ...], ...]]:
         """Return for each leaf, for each link, its moments as they are stored."""
-        per_leaf: list[list[tuple[Stored, ...]]] = [[] for _ in tree.leaves]
-        for link, s in zip(self.links, states, strict=True):
-            per_moment = [tree.moment(getattr(s, name)) for name in link.rule.moments]
-            for k, leaf in enumerate(per_leaf):
-                leaf.append(tuple(stored[k] for stored in per_moment))
-        return per_leaf
+        per_link = [
+            zip(*(tree.moment(getattr(s, name)) for name in link.rule.moments), strict=True)
+            if link.rule.moments
+            else itertools.repeat((), len(tree.leaves))
+            for link, s in zip(self.links, states, strict=True)
+        ]
+        return list(zip(*per_link, strict=True)) if per_link else [()] * len(tree.leaves)
 
     def _stages(self, tree: Tree) -> list[Stages]:
         """Return for each leaf the rules that act on it."""
@@ -275,8 +277,9 @@ class Chain:
         u = float(u) if isinstance(u, int) else u
         for link, moments in zip(self.links, stored, strict=True):
             for (name, declared), x in zip(link.rule.moments.items(), moments, strict=True):
-                errors.moment(path, u, name, declared, _moments.codes_or_values(x))
-                if _moments.is_quantized(x):
+                quantized = isinstance(x, QuantizedLeaf)
+                errors.moment(path, u, name, declared, x.codes if quantized else x)
+                if quantized:
                     errors.scales(path, name, x.codes, x.scales, _moments.block_size(x))
         readers = [stage[0] for stage in stages if stage and "p" in stage[0].inputs]
         errors.parameter(path, u, p.value if split else p, readers, emit_params)
