@@ -189,7 +189,7 @@ def laprop(g, mu, nu, *, t, b1, b2, eps):
 
 
 def quartic_root(step):
-    """ADOPT's bound on a normalised gradient."""
+    """ADOPT's bound on a normalized gradient."""
     return step**0.25
 
 

@@ -153,13 +153,14 @@ def _public(
     that the user called.
     """
     name, signature = make.__name__, _signature(make)
+    plain = inspect.Signature(list(signature.parameters.values()))
     make.__doc__ = complete(inspect.getdoc(make) or "", signature)
     ranges = _ranges(make)
 
     @functools.wraps(make)
     @errors.error_context(name)
     def checked(*args: P.args, **kwargs: P.kwargs) -> Transformation:
-        bound = errors.arguments(signature, args, kwargs)
+        bound = errors.arguments(plain, args, kwargs)
         bound.apply_defaults()
         for argument, allowed in ranges.items():
             value = bound.arguments.get(argument)

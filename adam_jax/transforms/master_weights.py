@@ -233,7 +233,7 @@ def _rest(p: PyTree, dtype: DType) -> PyTree:
 
 
 def _to_float32(params: optax.Params) -> optax.Params:
-    """Parameters as the transformation inside sees them when it is initialised."""
+    """Return the parameters that the transformation inside is initialized with."""
     return jax.tree.map(lambda p: p.astype(jnp.float32) if _is_bfloat16(p) else p, params)
 
 
