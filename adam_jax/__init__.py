@@ -1,4 +1,4 @@
-"""The Adam family for JAX: Optax transformations, each written once, as its paper has it."""
+"""The Adam family for JAX: Optax transformations, each written once, as in its paper."""
 
 from adam_jax import diagnostics, interop, optimizers, rules, schedules, storage
 from adam_jax._engine.apply import apply

@@ -1,4 +1,4 @@
-"""Measures of a running optimizer, kept in its state, and the errors that storage makes."""
+"""Statistics of a running optimizer, recorded in its state, and storage errors."""
 
 from adam_jax.analysis.diagnostics import (
     EDGES,

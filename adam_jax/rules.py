@@ -1,12 +1,12 @@
-"""Every variant's formula, as its paper writes it: one array in, one array out.
+"""The formula of every variant, written for one array as in its paper.
 
-A rule takes the gradient and its moments and returns the direction, which the learning rate
-multiplies and the parameter loses, and the new moments. t counts steps from 1. Rules without
-moments transform a direction: they make the rest of an optimizer.
+A rule takes the gradient and its moments, and returns the direction and the new moments. An
+optimizer subtracts the learning rate times the direction from the parameter. t counts steps from 1.
+Rules without moments transform a direction, e.g. by weight decay.
 """
 
 # pyright: standard, reportMissingParameterType=false
-# formulas have no types, as in a paper: numbers and arrays in, arrays out
+# untyped, like the formulas in a paper: numbers and arrays in, arrays out
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from adam_jax._util.numerics import (
 )
 
 average_square: Moment = positive.at_least(least_square)
-"""An average of squared gradients, beside an average mu of the gradients themselves."""
+"""An average of squared gradients; mu, the average gradient, bounds it from below."""
 
 
 @rule(mu=signed, nu=average_square)
 def adam(g, mu, nu, *, t, b1, b2, eps, eps_root):
-    """Kingma & Ba (2015), Algorithm 1; eps_root = 0 there.
+    """Kingma & Ba (2015), Algorithm 1, where eps_root = 0.
 
-    With b1 = 0 it is bias-corrected RMSprop; with b1 = b2 = 0 and eps = 0, sign descent.
+    It is bias-corrected RMSprop if b1 = 0, and sign descent if b1 = b2 = eps = 0.
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
@@ -41,7 +41,7 @@ def adam(g, mu, nu, *, t, b1, b2, eps, eps_root):
 
 @rule(mu=signed, nu=average_square)
 def adam_eps_hat(g, mu, nu, *, t, b1, b2, eps):
-    """Kingma & Ba (2015), end of section 2: ε̂ joins the uncorrected √nu, as in Keras."""
+    """Kingma & Ba (2015), end of section 2: add ε̂ to the uncorrected √nu, as in Keras."""
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
     root_correction = sqrt(debias(1.0, b2, t))
@@ -49,7 +49,7 @@ def adam_eps_hat(g, mu, nu, *, t, b1, b2, eps):
 
 
 def look_ahead(mu, g, b1, t):
-    """Look one step ahead: the corrected moment of step t + 1, with g standing for the gradient."""
+    """Estimate the bias-corrected moment of step t + 1, with g as the next gradient."""
     return ema(b1, debias(mu, b1, t + 1), debias(g, b1, t))
 
 
@@ -57,7 +57,7 @@ def look_ahead(mu, g, b1, t):
 def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root):
     """Dozat (2016) with a constant momentum, as in Optax.
 
-    Dozat's Algorithm 2 multiplies the second moment by b2 once more; no implementation does.
+    Dozat's Algorithm 2 also multiplies the second moment by b2; no implementation does.
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
@@ -68,7 +68,7 @@ def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root):
 def nadam_scheduled(g, mu, nu, *, t, b1, b2, eps, eps_root, momentum_decay):
     """Dozat (2016), Algorithm 2, whose momentum warms up: b1·(1 - ½·0.96^(t·momentum_decay)).
 
-    PyTorch takes 0.004 for momentum_decay, Keras 1.0. Optax has no schedule: see `nadam`.
+    PyTorch sets momentum_decay to 0.004, Keras to 1.0. Optax has no schedule; see `nadam`.
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
@@ -82,9 +82,9 @@ def nadam_scheduled(g, mu, nu, *, t, b1, b2, eps, eps_root, momentum_decay):
 def amsgrad(
     g, mu, nu, nu_max, *, t, b1, b2, eps, eps_root, bias_correction_mu=True, bias_correction_nu=True
 ):
-    """Reddi, Kale & Kumar (2018), Algorithm 2, with the maximum of the *corrected* nu, as in Optax.
+    """Reddi, Kale & Kumar (2018), Algorithm 2: the maximum of the *corrected* nu, as in Optax.
 
-    The paper corrects neither moment. PyTorch and Keras: see `amsgrad_raw`.
+    The paper corrects neither moment. For PyTorch and Keras, see `amsgrad_raw`.
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
@@ -97,9 +97,9 @@ def amsgrad(
 def amsgrad_raw(
     g, mu, nu, nu_max, *, t, b1, b2, eps, eps_root, bias_correction_mu=True, bias_correction_nu=True
 ):
-    """Reddi, Kale & Kumar (2018), with the maximum of nu itself, corrected afterwards.
+    """Reddi, Kale & Kumar (2018): the maximum of the raw nu, bias-corrected afterwards.
 
-    As in PyTorch and Keras. With both corrections off it is the paper's Algorithm 2.
+    PyTorch and Keras do this. With both corrections off, it is the paper's Algorithm 2.
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
@@ -111,10 +111,10 @@ def amsgrad_raw(
 
 @rule(mu=signed, nu=positive.at_least(least_norm))
 def adamax(g, mu, nu, *, t, b1, b2, eps):
-    """Kingma & Ba (2015), Algorithm 2; ε joins |g| as in PyTorch and Optax (none in the paper).
+    """Kingma & Ba (2015), Algorithm 2, plus an ε that PyTorch and Optax add to |g|.
 
-    nu decays, so quantized storage rounds it as it does an average: rounded down at every step, it
-    would lose a code at every step.
+    nu decays, so quantized storage rounds it like an average. Rounding down would lower it by one
+    code at every step.
     """
     mu = ema(b1, mu, g)
     nu = jnp.maximum(b2 * nu, jnp.abs(g) + eps)
@@ -125,8 +125,8 @@ def adamax(g, mu, nu, *, t, b1, b2, eps):
 def radam(g, mu, nu, *, t, b1, b2, eps, eps_root, threshold, nesterov=False):
     """Liu et al. (2020), Algorithm 2: Adam, rectified once its variance is tractable.
 
-    That is for ρ_t > 4 in the paper, and from `threshold` = 5 in PyTorch and Optax. PyTorch adds ε
-    to the uncorrected √nu. Optax's ρ_t loses its digits for b2 ≥ 0.9999 in float32.
+    The paper rectifies if ρ_t > 4; PyTorch and Optax use `threshold` = 5. PyTorch adds ε to the
+    uncorrected √nu. Optax's ρ_t is inaccurate in float32 if b2 ≥ 0.9999.
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
@@ -139,7 +139,7 @@ def radam(g, mu, nu, *, t, b1, b2, eps, eps_root, threshold, nesterov=False):
 
 @rule(mu=signed, nu=positive)
 def adabelief(g, mu, nu, *, t, b1, b2, eps, eps_root, nesterov=False):
-    """Zhuang et al. (2020), Algorithm 2: the spread of g around its prediction mu, not g²."""
+    """Zhuang et al. (2020), Algorithm 2: nu averages (g - mu)² instead of g²."""
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g - mu)) + eps_root
     m = look_ahead(mu, g, b1, t) if nesterov else debias(mu, b1, t)
@@ -151,9 +151,9 @@ def adabelief(g, mu, nu, *, t, b1, b2, eps, eps_root, nesterov=False):
     nu=positive.starting_at("initial_accumulator_value"),
 )
 def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
-    """Zaheer et al. (2018), Algorithm 2: nu moves towards g² by a step that ignores how far it is.
+    """Zaheer et al. (2018), Algorithm 2: nu moves toward g² by (1 - b2)·g², whatever the distance.
 
-    Both moments start at initial_accumulator_value, as in Optax; the paper starts only nu there.
+    Both moments start at initial_accumulator_value, as in Optax; in the paper, only nu does.
     """
     mu = ema(b1, mu, g)
     nu = nu - (1 - b2) * jnp.sign(nu - abs_sq(g)) * abs_sq(g)
@@ -161,7 +161,7 @@ def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
 
 
 def least_adan(m, b1, b3):
-    """Return the least that Adan's n can be: it averages (g + c·Δg)², of which g are averages."""
+    """Return a lower bound of Adan's n: n averages x², and g averages x, where x = g + c·Δg."""
     return jnp.maximum(1 - 0.5 / b3, 0) * least_square(m, b1, b3)  # for c ≤ 1
 
 
@@ -169,8 +169,8 @@ def least_adan(m, b1, b3):
 def adan(gradient, m, v, n, g, *, t, b1, b2, b3, eps, eps_root, difference_weight="b2"):
     """Xie et al. (2022), Algorithm 1: Nesterov momentum from differences of gradients.
 
-    In the authors' code the difference is weighted by b2 = 0.92 (the paper's 1 - β2), in Optax by
-    1 - b2. `g` is the gradient of the step before; the first difference is 0.
+    The authors' code weights the difference by b2 = 0.92 (the paper's 1 - β2), Optax by 1 - b2. `g`
+    is the previous gradient; the first difference is 0.
     """
     c = b2 if difference_weight == "b2" else 1 - b2
     change = jnp.where(t == 1, 0, gradient - g)
@@ -182,14 +182,14 @@ def adan(gradient, m, v, n, g, *, t, b1, b2, b3, eps, eps_root, difference_weigh
 
 @rule(mu=signed, nu=positive)
 def laprop(g, mu, nu, *, t, b1, b2, eps):
-    """Ziyin et al. (2020), Algorithm 1: divide first, then average, so that b1 and b2 are free."""
+    """Ziyin et al. (2020), Algorithm 1: normalize, then average; b1 and b2 are independent."""
     nu = ema(b2, nu, abs_sq(g))
     mu = ema(b1, mu, g / (sqrt(debias(nu, b2, t)) + eps))
     return debias(mu, b1, t), mu, nu
 
 
 def quartic_root(step):
-    """ADOPT's bound on a normalized gradient."""
+    """Return ADOPT's bound on a normalized gradient."""
     return step**0.25
 
 
@@ -197,9 +197,9 @@ def quartic_root(step):
 def adopt(
     g, mu, nu, *, t, b1, b2, eps, nesterov=False, use_clipping=True, clip_value_fn=quartic_root
 ):
-    """Taniguchi et al. (2024), Algorithm 2: divide by the nu of the step before, then average.
+    """Taniguchi et al. (2024), Algorithm 2: normalize by the previous step's nu, then average.
 
-    So it converges with any b2. The first step only sets nu = g².
+    It converges with any b2. The first step only sets nu = g².
     """
     first = t == 1
     x = g / jnp.maximum(sqrt(nu), eps)
@@ -215,9 +215,9 @@ def adopt(
     nu=positive.at_least(lambda m1, b1, b2: least_square(m1, b1, b2)),
 )
 def ademamix(g, m1, m2, nu, *, t, b1, b2, b3, alpha, eps, eps_root):
-    """Pagliardini et al. (2024), Algorithm 1: a second, slow average that remembers old gradients.
+    """Pagliardini et al. (2024), Algorithm 1: Adam plus a second, slow average of the gradients.
 
-    m2 is not corrected: `alpha` and `b3` warm up instead; see `adam_jax.ademamix`.
+    m2 has no bias correction: `alpha` and `b3` warm up instead; see `adam_jax.ademamix`.
     """
     m1, m2 = ema(b1, m1, g), ema(b3, m2, g)
     nu = ema(b2, nu, abs_sq(g))
@@ -227,7 +227,7 @@ def ademamix(g, m1, m2, nu, *, t, b1, b2, b3, alpha, eps, eps_root):
 
 @rule(m=signed, n=positive.at_least(lambda m, b1, b2: least_square((1 - b1) * m, b1, b2)))
 def simplified_ademamix(g, m, n, *, t, b1, b2, alpha, eps, eps_root):
-    """Morwani et al. (2025), Algorithm 1: AdEMAMix with one moment, a sum instead of an average.
+    """Morwani et al. (2025), Algorithm 1: AdEMAMix with one decaying sum instead of two averages.
 
     The direction is up to 1/(1 - b1) times as long as Adam's.
     """
@@ -238,19 +238,19 @@ def simplified_ademamix(g, m, n, *, t, b1, b2, alpha, eps, eps_root):
 
 @rule(mu=signed, nu=average_square)
 def adam_atan2(g, mu, nu, *, t, b1, b2, a, b):
-    """Everett et al. (2024), section 4: a·atan2(m̂, b·√v̂) needs no ε and knows no scale."""
+    """Everett et al. (2024), section 4: a·atan2(m̂, b·√v̂) needs no ε and is scale-invariant."""
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
     m, root = debias(mu, b1, t), sqrt(debias(nu, b2, t))
-    at_rest = (m == 0) & (root == 0)  # where atan2 has no derivative
-    return a * jnp.arctan2(m, jnp.where(at_rest, 1, b * root)), mu, nu
+    at_origin = (m == 0) & (root == 0)  # atan2 has no derivative there
+    return a * jnp.arctan2(m, jnp.where(at_origin, 1, b * root)), mu, nu
 
 
 @rule(mu=signed, nu=average_square)
 def stable_adamw(g, mu, nu, *, mean, t, b1, b2, eps):
-    """Wortsman et al. (2023), Algorithm 2: Adam, slowed where g² outgrows nu.
+    """Wortsman et al. (2023), Algorithm 2: Adam with smaller steps if g² outgrows nu.
 
-    The direction is divided by max(1, RMS) with RMS² the mean of g²/max(v̂, ε²) over the leaf.
+    The direction is divided by max(1, RMS), where RMS² is the mean of g²/max(v̂, ε²) over the leaf.
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
@@ -261,7 +261,7 @@ def stable_adamw(g, mu, nu, *, mean, t, b1, b2, eps):
 
 @rule(mu=signed)
 def lion(g, mu, *, b1, b2, smooth_beta, mode="hard"):
-    """Chen et al. (2023), Algorithm 2: a momentum's sign; "smooth" and "refined" are Optax's."""
+    """Chen et al. (2023), Algorithm 2: a momentum's sign; Optax adds "smooth" and "refined"."""
     x = ema(b1, mu, g)
     mu = ema(b2, mu, g)
     if mode == "smooth":
@@ -279,20 +279,20 @@ def rms(g, nu, *, t, decay, eps, eps_in_sqrt=True, bias_correction=False):
 
 @rule(mu=signed, nu=positive.starting_at("initial_scale"))
 def rms_centered(g, mu, nu, *, t, decay, eps, eps_in_sqrt=True, bias_correction=False):
-    """Graves (2013), equations 38-45: RMSprop by the standard deviation of the gradient."""
+    """Graves (2013), equations 38-45: g divided by the gradient's standard deviation."""
     mu = ema(decay, mu, g)
     nu = ema(decay, nu, abs_sq(g))
     m, v = (debias(x, decay, t) if bias_correction else x for x in (mu, nu))
-    variance = jnp.maximum(v - abs_sq(m), 0)  # rounding may leave it below zero
+    variance = jnp.maximum(v - abs_sq(m), 0)  # rounding can make it negative
     return g / (sqrt(variance + eps) if eps_in_sqrt else sqrt(variance) + eps), mu, nu
 
 
 @rule(mu=signed, variance=positive.starting_at("initial_scale"))
 def rms_variance(g, mu, variance, *, t, decay, eps, eps_in_sqrt=True, bias_correction=False):
-    """Return `rms_centered` from moments that quantized storage can hold: mu, and nu - mu².
+    """Compute the direction of `rms_centered` from mu and the variance nu - mu².
 
-    The difference of quantized moments is mostly their errors. Welford's recursion (1962) has none:
-    with weight w for the new gradient, mean ← mean + w·(g - mean) makes
+    The difference of quantized moments is mostly error. Welford's recursion (1962) avoids it: if
+    the new gradient has weight w, mean ← mean + w·(g - mean) and
     variance ← (1 - w)·(variance + w·(g - mean)²).
     """
     w, mean = 1 - decay, mu
@@ -305,75 +305,75 @@ def rms_variance(g, mu, variance, *, t, decay, eps, eps_in_sqrt=True, bias_corre
 
 @rule(trace=signed)
 def trace(g, trace, *, decay, nesterov=False):
-    """Polyak (1964), heavy-ball momentum; Nesterov's as in Sutskever et al. (2013)."""
+    """Polyak (1964): heavy-ball momentum; Sutskever et al. (2013): Nesterov momentum."""
     trace = g + decay * trace
     return (g + decay * trace if nesterov else trace), trace
 
 
-# What follows a direction.
+# Rules for other links of a chain.
 
 
 @rule()
 def identity(u):
-    """Nothing: the link that is switched off."""
+    """Return u, for a link that is switched off."""
     return u
 
 
 @rule()
 def clip(u, *, norm, max_norm):
-    """Pascanu et al. (2013), Algorithm 1: no longer than max_norm; `norm` is the whole tree's."""
+    """Pascanu et al. (2013), Algorithm 1: clip u to max_norm; `norm` is the whole tree's."""
     return jnp.where(norm < max_norm, u, u / norm * max_norm)
 
 
 @rule()
 def descend(u, *, learning_rate):
-    """u ← -η·u."""
+    """Return -η·u."""
     return -learning_rate * u
 
 
 @rule()
 def decay_decoupled(u, *, p, weight_decay):
-    """Loshchilov & Hutter (2019), as in PyTorch and Optax: λ·p joins the direction; ηλ acts.
+    """Loshchilov & Hutter (2019), as in PyTorch and Optax: p decays by η·λ·p.
 
-    In front of a direction the same line is L2 regularisation, as in torch.optim.Adam.
+    Applied to the gradient, it is L2 regularization, as in torch.optim.Adam.
     """
     return u + weight_decay * p
 
 
 @rule()
 def decay_independent(u, *, p, weight_decay):
-    """Loshchilov & Hutter (2019), Algorithm 2: λ_t·p, whatever the learning rate."""
+    """Loshchilov & Hutter (2019), Algorithm 2: p decays by λ_t·p, whatever η."""
     return u - weight_decay * p
 
 
 @rule()
 def decay_cautious(u, *, p, weight_decay):
-    """Chen et al. (2025): decay only where the step, too, shrinks the weight."""
+    """Chen et al. (2025): decay only where the step also shrinks the weight."""
     return u + jnp.where(u * p >= 0, weight_decay * p, 0)
 
 
 @rule()
 def decay_proximal(u, *, p, weight_decay, learning_rate):
-    """Xie et al. (2022), Algorithm 1: p ← (p - η·u)/(1 + ηλ), never past zero."""
+    """Xie et al. (2022), Algorithm 1: p ← (p - η·u)/(1 + ηλ); decay never changes a sign."""
     return (u + weight_decay * p) / (1 + learning_rate * weight_decay)
 
 
 @rule()
 def cautious(u, *, g, mean):
-    """Liang et al. (2024), Algorithm 1: drop what points against the gradient, rescale the rest."""
+    """Liang et al. (2024), Algorithm 1: zero u where its sign differs from g's, then rescale."""
     agrees = (u * g > 0).astype(u.dtype)
     return u * agrees / jnp.maximum(mean(agrees), 1e-3)
 
 
 @rule()
 def grams(u, *, g):
-    """Cao et al. (2024), Algorithm 1: the direction's size with the gradient's sign."""
+    """Cao et al. (2024), Algorithm 1: the direction's magnitude with the gradient's sign."""
     return jnp.sign(g) * jnp.abs(u)
 
 
 @rule()
 def trust_ratio(u, *, p, mean):
-    """You et al. (2020), LAMB, Algorithm 2 φ the identity: u·‖p‖/‖u‖, or u where either is 0."""
+    """You et al. (2020), LAMB, Algorithm 2, φ(x) = x: u·‖p‖/‖u‖, or u if a norm is 0."""
     p_sq, u_sq = mean(abs_sq(p), abs_sq(u))
     ratio = sqrt(p_sq / jnp.maximum(u_sq, 1e-37))
     return u * jnp.where((p_sq > 0) & (u_sq > 0), ratio, 1)
@@ -383,7 +383,7 @@ def trust_ratio(u, *, p, mean):
 def mars(g, g_prev, *, mean, gamma, b1, size):
     """Yuan et al. (2024), MARS, Algorithm 2 (approximate): a variance-reduced gradient.
 
-    Clipped to norm 1 per leaf. g_prev starts at 0, as in the authors' code.
+    Its norm per leaf is clipped to 1. g_prev starts at 0, as in the authors' code.
     """
     c = g + gamma * b1 / (1 - b1) * (g - g_prev)
     norm = sqrt(mean(abs_sq(c)) * size)
@@ -392,10 +392,10 @@ def mars(g, g_prev, *, mean, gamma, b1, size):
 
 @rule(z=signed)
 def schedule_free(u, z, *, p, b1, share):
-    """Defazio et al. (2024), equations 3-5: z takes the steps, x averages z, y between them trains.
+    """Defazio et al. (2024), equations 3-5: z takes the steps, x averages z, and y is trained.
 
     z ← z + u, x ← (1 - share)·x + share·z, y = (1 - b1)·z + b1·x. The parameter p is y; x is not
-    kept. With x = (y - (1 - b1)·z)/b1 put in, y moves by the sum below, in which no digits cancel.
+    stored. Substituting x = (y - (1 - b1)·z)/b1 gives the change of y below, without cancellation.
     """
     return (1 - b1) * u + share * (z - p + b1 * u), z + u
 

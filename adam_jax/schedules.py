@@ -1,4 +1,4 @@
-"""Schedules that belong to a variant. For those of the learning rate, use Optax's."""
+"""Schedules specific to a variant; for learning-rate schedules, use Optax."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from adam_jax._util.typing import (
 def ademamix_warmup(
     b1: DecayRate, b3: DecayRateOrSchedule, alpha: ScalarOrSchedule, steps: int | None
 ) -> tuple[DecayRateOrSchedule, ScalarOrSchedule]:
-    """AdEMAMix's warmups: alpha from 0, and b3 from b1 so that its half-life grows linearly.
+    """Return AdEMAMix's warmups: alpha from 0, and b3 from b1 with a linearly growing half-life.
 
     Source: Pagliardini et al. (2024), section 3 and appendix A.1.
 
     Args:
-      b1: where b3 starts, in (0, 1).
-      b3: where it ends, in [b1, 1).
-      alpha: ≥ 0, where alpha ends.
-      steps: the warmup's length; None returns b3 and alpha as they are.
+      b1: the initial b3, in (0, 1).
+      b3: the final b3, in [b1, 1).
+      alpha: ≥ 0, the final alpha.
+      steps: the warmup's length; if None, b3 and alpha are returned unchanged.
 
     Returns:
-      (b3, alpha), functions of the count of steps made, for `scale_by_ademamix`.
+      (b3, alpha), schedules of the step count, for `scale_by_ademamix`.
 
     >>> b3, alpha = ademamix_warmup(0.9, 0.9999, 8.0, 1000)
     >>> float(alpha(250))
@@ -47,13 +47,13 @@ def ademamix_warmup(
     start, end = (jnp.asarray(decay_rate(b).log, dtype) for b in rates)
     final: PyTree = alpha
 
-    def share(count: Numeric) -> jax.Array:
+    def progress(count: Numeric) -> jax.Array:
         return jnp.minimum(jnp.asarray(count, dtype) / steps, 1)
 
     def slow_rate(count: Numeric) -> Decay:
-        # log b is minus the inverse of the memory's length, and the length is interpolated
-        s = share(count)
+        # interpolates the averaging length, -1 / log b
+        s = progress(count)
         log = start * end / ((1 - s) * end + s * start)
         return Decay(jnp.exp(log), log, -jnp.expm1(log))
 
-    return slow_rate, lambda count: share(count) * final
+    return slow_rate, lambda count: progress(count) * final

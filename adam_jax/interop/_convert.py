@@ -21,28 +21,28 @@ from adam_jax.storage import _moments
 COUNTS = ("count", "t", "step_count")
 
 Kind: TypeAlias = frozenset[str] | type
-"""The names of a state's moments, or its class if it has none: states of a kind are convertible."""
+"""A state's moment names, or its class if it has none; states of one kind are convertible."""
 
 
 def convert_state(state: PyTree, tx: optax.GradientTransformation, params: optax.Params) -> PyTree:
-    """Convert a running state into the formats and the structure of `tx`, to continue from there.
+    """Convert a running state to the storage formats and structure of `tx`, to continue the run.
 
-    It converts between float32 and int8, out of another chain or `optax.inject_hyperparams`, and
-    from Optax's optimizer to ours of the same variant. It finds moments by their names, decodes
-    them, and encodes them as `tx` does, rounding to nearest. It keeps step counts. Other parts of
-    the state of `tx` are copied if `state` has them too (Schedule-Free's z, a chain's other
-    states), and are new otherwise.
+    The state may have other formats, or come from another chain, `optax.inject_hyperparams`, or
+    Optax's optimizer of the same variant. Moments are matched by name, decoded, and encoded as in
+    `tx`, rounding to nearest. Step counts are kept. Other parts of the state of `tx`
+    (Schedule-Free's z, a chain's other states) are copied if `state` has them, and are new
+    otherwise.
 
     Args:
       state: the state of a running optimizer, Optax's or ours, or `nnx.Optimizer.opt_state`.
       tx: the optimizer that continues the run.
-      params: the parameters, or anything of their structure, shapes, and dtypes.
+      params: the parameters, or any tree with their structure, shapes, and dtypes.
 
     Returns:
       a state for `tx`.
 
     Raises:
-      ValueError: `tx` has other moments, or moments of other shapes; the message names them.
+      ValueError: the moments of `tx` have other names or shapes; the message lists them.
 
     >>> import adam_jax, jax.numpy as jnp, optax
     >>> params = {"w": jnp.ones((64, 128))}
@@ -64,7 +64,7 @@ def convert_state(state: PyTree, tx: optax.GradientTransformation, params: optax
         converted = _convert(fresh, donors, _first_count(state), maxima)
         unused = [sorted(kind) for kind, s in donors.items() if s and isinstance(kind, frozenset)]
         if unused:
-            errors.not_convertible(unused, "which tx does not keep")
+            errors.not_convertible(unused, "which tx does not have")
         return converted
 
 
@@ -73,7 +73,7 @@ def _kind(state: PyTree) -> Kind:
 
 
 def _recentered(state: PyTree, wanted: Collection[Kind]) -> PyTree:
-    """Convert centered RMSprop's nu to the variance nu - mu², or back, if that is wanted."""
+    """Convert centered RMSprop's nu to the variance nu - mu², or back, if `wanted` has it."""
     forms = frozenset({"mu", "nu"}), frozenset({"mu", "variance"})
     kind = _kind(state)
     if kind not in forms or kind in wanted or not any(form in wanted for form in forms):
@@ -91,9 +91,9 @@ def _convert(
     count: jax.Array | None,
     maxima: Collection[str],
 ) -> PyTree:
-    """Return a fresh state, or a container of states, with the donors' values.
+    """Fill a fresh state, or a container of states, with the donors' values.
 
-    The moments named in `maxima` are no averages.
+    `maxima` names the moments that are not averages.
     """
 
     def convert(fresh: PyTree) -> PyTree:
@@ -107,7 +107,7 @@ def _convert(
         new = {}
         for name in fresh._fields:
             old = getattr(fresh, name)
-            # looked up by field, because every tuple has a method `count`
+            # checks the fields, because every tuple has a method `count`
             given = getattr(donor, name) if name in getattr(donor, "_fields", ()) else None
             copied = given is not None and name not in COUNTS and not named_tuples(old)
             if name in fields or copied:
@@ -123,28 +123,33 @@ def _convert(
 
 
 def _moment(name: str, given: PyTree, old: PyTree, average: bool) -> PyTree:
-    """Return the values of a moment in the formats of another."""
-    theirs, ours = _moments.leaves(given), _moments.leaves(old)
-    if theirs.keys() != ours.keys():
+    """Encode the values of `given` in the formats of `old`."""
+    given_leaves, old_leaves = _moments.leaves(given), _moments.leaves(old)
+    if given_leaves.keys() != old_leaves.keys():
         missing, extra = (
             [path for path, _ in sorted(keys)[:5]]
-            for keys in (ours.keys() - theirs.keys(), theirs.keys() - ours.keys())
+            for keys in (
+                old_leaves.keys() - given_leaves.keys(),
+                given_leaves.keys() - old_leaves.keys(),
+            )
         )
         errors.not_convertible(
-            [[name]], f"for other parameters: without {missing}, and beside them {extra}"
+            [[name]], f"whose parameters differ: missing {missing}, unexpected {extra}"
         )
-    for key, x in ours.items():
-        got, shape = (jnp.shape(_moments.codes_or_values(stored)) for stored in (theirs[key], x))
+    for key, x in old_leaves.items():
+        got, shape = (
+            jnp.shape(_moments.codes_or_values(stored)) for stored in (given_leaves[key], x)
+        )
         if got != shape:
-            errors.not_convertible([[name]], f"of {key[0]!r} in shape {got} where tx has {shape}")
-    new = [_recode(name, average, theirs[key], x) for key, x in ours.items()]
+            errors.not_convertible([[name]], f"whose {key[0]!r} has shape {got}, but {shape} in tx")
+    new = [_recode(name, average, given_leaves[key], x) for key, x in old_leaves.items()]
     return _moments.with_leaves(old, new)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _recode(name: str, average: bool, x: PyTree, like: PyTree) -> PyTree:
-    kept_in = getattr(like, "dtype", jnp.float32)
-    if name == "rest" and jnp.issubdtype(kept_in, jnp.integer):  # below master weights' parameters
+    stored_dtype = getattr(like, "dtype", jnp.float32)
+    if name == "rest" and jnp.issubdtype(stored_dtype, jnp.integer):  # master weights' residual
         return split_params.residual_as(x, like.dtype)
     dtype = arithmetic_dtype(*_moments.dtypes((x, like)))
     return _moments.encode(_moments.decode(x, dtype), like, None, average=average)

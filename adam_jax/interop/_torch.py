@@ -1,4 +1,4 @@
-"""Continuation of a run that started in PyTorch."""
+"""Conversion of the states of PyTorch optimizers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TORCH_FIELDS = {
     "grad_avg": "mu",
     "momentum_buffer": "trace",
 }
-"""PyTorch's names for moments, and ours."""
+"""PyTorch's moment names, mapped to ours."""
 
 
 def from_torch(
@@ -34,28 +34,27 @@ def from_torch(
     params: optax.Params,
     mapping: Sequence[str] | Callable[[Any, np.ndarray], tuple[str, np.ndarray]] | None = None,
 ) -> PyTree:
-    """Convert the state of a PyTorch optimizer into a state of `tx`, to continue its run in JAX.
+    """Convert a PyTorch optimizer's state to a state of `tx`, to continue its run in JAX.
 
     Use the same variant and hyperparameters: `adam` for torch.optim.Adam, `adamw` for AdamW,
     `amsgrad(max_of="raw")` for Adam with amsgrad=True, `adamax` for Adamax, `radam` for RAdam
-    (whose ε PyTorch puts elsewhere), `nadam(momentum_decay=0.004)` for NAdam, `sgd(momentum=)` for
-    SGD. PyTorch itself is not needed: a state dict is a mapping of arrays.
+    (PyTorch adds its ε elsewhere), `nadam(momentum_decay=0.004)` for NAdam, `sgd(momentum=)` for
+    SGD. PyTorch need not be installed: a state dict is a mapping of arrays.
 
     Args:
       state_dict: `optimizer.state_dict()`.
       tx: the optimizer that continues the run.
       params: the parameters in JAX.
-      mapping: the paths in JAX of PyTorch's parameters, in PyTorch's order, such as
-        ["dense/kernel", "dense/bias"]. Or a function from a parameter's name (its number if the
-        dict has no names) and its moment to the path and the moment in JAX's layout, such as
-        `flax_names(params)`. None takes the names in the dict, with / for each dot.
+      mapping: the JAX path of each PyTorch parameter, in PyTorch's order, e.g.
+        ["dense/kernel", "dense/bias"]. Or a function that takes a parameter's name (its number if
+        the dict has no names) and a moment, and returns the path and the moment in JAX's layout,
+        e.g. `flax_names(params)`. None uses the dict's names, with dots replaced by /.
 
     Returns:
       a state for `tx`.
 
     Raises:
-      ValueError: a parameter has no counterpart or another shape, in either direction, tx has other
-        moments, or parameters have made different numbers of steps.
+      ValueError: parameters differ in path, shape, or number of steps, or `tx` has other moments.
 
     >>> import adam_jax, jax.numpy as jnp, numpy as np
     >>> moments = {"step": 3, "exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}
@@ -73,8 +72,8 @@ def from_torch(
     names = [name for group in groups for name in group.get("param_names", ())]
     if mapping is None and not names:
         raise ValueError(
-            "from_torch: the state dict has no param_names; give mapping=, the paths in PyTorch's "
-            f"order, out of {', '.join(shapes)}"
+            "from_torch: mapping must be given if the state dict has no param_names; pass paths "
+            f"in PyTorch's order as mapping=, from {', '.join(shapes)}"
         )
     names = names or order
     paths = [str(name).replace(".", "/") for name in names]
@@ -82,7 +81,8 @@ def from_torch(
         paths = mapping
         if len(paths) != len(order):
             raise ValueError(
-                f"from_torch: mapping has {len(paths)} paths for {len(order)} parameters in PyTorch"
+                f"from_torch: mapping has {len(paths)} paths, but PyTorch has {len(order)} "
+                f"parameters; give one path for each"
             )
     moments: dict[str, dict[str, jax.Array]] = {}
     steps: set[int] = set()
@@ -98,13 +98,15 @@ def from_torch(
                 path, x = mapping(name, x)
             if shapes.get(path) != x.shape:
                 raise ValueError(
-                    f"from_torch: {field} of PyTorch's {name!r} has shape {x.shape}, and {path!r} "
+                    f"from_torch: {field} of PyTorch's {name!r} has shape {x.shape}, but {path!r} "
                     + (f"has {shapes[path]}" if path in shapes else f"is not in {list(shapes)}")
-                    + "; give a mapping that names and transposes it, e.g. flax_names(params)"
+                    + "; pass a mapping that renames and transposes it, e.g. flax_names(params)"
                 )
             moments.setdefault(moment, {})[path] = jnp.asarray(x)
     if len(steps) > 1:
-        raise ValueError(f"from_torch: parameters have made different numbers of steps: {steps}")
+        raise ValueError(
+            f"from_torch: parameters must have made equal numbers of steps, got {steps}"
+        )
     count = jnp.int32(max(steps, default=0))
     state = state_class(tuple(moments), counted=True)(count=count, **moments)
     with errors.error_context("from_torch"):
@@ -112,13 +114,13 @@ def from_torch(
 
 
 def flax_names(params: optax.Params) -> Callable[[str, np.ndarray], tuple[str, np.ndarray]]:
-    """Return a `mapping` for `from_torch`, from PyTorch's names and layouts to Flax's.
+    """Return a `mapping` for `from_torch` from PyTorch's names and layouts to Flax's.
 
-    "layers.0.weight" becomes "layers/0/kernel", "/embedding", or "/scale", whichever is among the
-    parameters. Kernels of Linear and Conv are transposed to Flax's layout (inputs before outputs).
+    "layers.0.weight" becomes "layers/0/kernel", "/embedding", or "/scale", whichever `params` has.
+    Linear and Conv kernels are transposed to Flax's layout (inputs before outputs).
 
     Args:
-      params: the parameters in JAX, Linen's or NNX's.
+      params: the JAX parameters, from Linen or NNX.
     """
     paths = {path_string(p) for p, _ in leaves_with_path(params)}
 
@@ -135,7 +137,7 @@ def flax_names(params: optax.Params) -> Callable[[str, np.ndarray], tuple[str, n
 
 
 def _to_numpy(x: Any) -> np.ndarray:
-    """Convert a tensor or number; PyTorch's bfloat16 becomes float32."""
+    """Convert a tensor (to float32) or a number to NumPy."""
     for name in ("detach", "cpu", "float"):
         x = getattr(x, name)() if hasattr(x, name) else x
     return np.asarray(x)

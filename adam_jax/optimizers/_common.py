@@ -1,4 +1,4 @@
-"""What optimizers share: a direction's weight decay, learning rate, and everything around it."""
+"""The chain that optimizers build around a direction."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def descend(
     scale: Sequence[Link] = (),
     momentum: Sequence[Link] = (),
 ) -> Chain:
-    """Return the chain that steps along a direction, with weight decay and a learning rate.
+    """Return the chain of a direction, weight decay, and a learning rate.
 
-    `scale` acts on the decayed direction, and `momentum` on the step. With weight decay or
-    `cautious`, momentum comes first instead, so that it averages neither.
+    `scale` transforms the direction after weight decay, and `momentum` the step. With weight decay
+    or `cautious`, momentum directly follows the direction, so that it averages neither.
     """
-    del storage  # the direction has it
+    del storage  # already used by `direction`
     mask = errors.one_mask(mask, weight_decay_mask)
     errors.choice("weight_decay_form", weight_decay_form, DECAYS)
     errors.mask_without_decay(weight_decay, mask)
@@ -67,7 +67,7 @@ def _decay(
     weight_decay: ScalarOrSchedule, learning_rate: ScalarOrSchedule | None, mask: Mask, form: str
 ) -> Link:
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
-        return link(rules.identity, {}, mask=mask)  # needs no parameters
+        return link(rules.identity, {}, mask=mask)  # requires no parameters
     given: dict[str, ScalarOrSchedule | None] = {"weight_decay": weight_decay}
     if form == "proximal":
         given["learning_rate"] = learning_rate

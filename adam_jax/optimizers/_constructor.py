@@ -1,4 +1,4 @@
-"""What turns a variant's function into a public constructor: checks, a repr, a full signature."""
+"""Decorators that give a constructor argument checks, a repr, and a full signature."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ Form: TypeAlias = Literal["decoupled", "independent", "cautious", "proximal", "l
 
 
 class Options(TypedDict, total=False):
-    """The keywords that every constructor takes; `_docs.py` says what they mean."""
+    """Keywords of every constructor, documented in `_docs.py`."""
 
     storage: Storage
     implementation: str
 
 
 class FormOptions(Options, total=False):
-    """The keywords that every optimizer takes."""
+    """Keywords of every optimizer that `descend` builds."""
 
     weight_decay_form: Form
     cautious: bool
 
 
 class MaskOptions(FormOptions, total=False):
-    """The keywords of an optimizer whose weight decay is positional, as in Optax."""
+    """Keywords of an optimizer whose weight decay is positional, as in Optax."""
 
     weight_decay_mask: Mask
 
 
 class DecayOptions(MaskOptions, total=False):
-    """The keywords of an optimizer that has no weight decay in Optax."""
+    """Keywords of an optimizer without weight decay in Optax."""
 
     weight_decay: ScalarOrSchedule | None
 
@@ -65,13 +65,13 @@ class Entry:
     """One optimizer of the family.
 
     Attributes:
-      name: of the constructor, `adam_jax.<name>`.
+      name: the constructor's name, `adam_jax.<name>`.
       paper: its authors, and an arXiv number or a venue.
-      year: of the paper.
-      formula: what the learning rate η multiplies and the parameter p loses. g is the gradient,
-        m and v the averages of g and g², a hat corrects for their start at 0, λ is weight decay.
-      purpose: what it is for, in a line.
-      learning_rate: where to start, as a multiple of AdamW's learning rate.
+      year: the paper's year.
+      formula: u in p ← p - η·u, with the parameter p and the learning rate η. g is the gradient,
+        m and v average g and g², a hat marks bias correction, and λ is the weight decay.
+      purpose: its use, in one line.
+      learning_rate: a first guess, as a multiple of AdamW's learning rate.
       constructor: the function.
     """
 
@@ -85,8 +85,8 @@ class Entry:
 
     @functools.cached_property
     def state(self) -> tuple[str, ...]:
-        """The arrays of a parameter's shape that it keeps with its default arguments."""
-        shape = (7,)  # no step count has it
+        """Return the names of the state's parameter-shaped arrays, with default arguments."""
+        shape = (7,)  # differs from a step count's
         init = self.constructor(1.0).init
         state = jax.eval_shape(init, jax.ShapeDtypeStruct(shape, jnp.float32))
         leaves = jax.tree_util.tree_flatten_with_path(state)[0]
@@ -101,7 +101,7 @@ _RANGES: list[dict[str, Range]] = []
 
 
 def direction(make: Callable[P, Link]) -> Callable[P, Transformation]:
-    """Make a public `scale_by_x` of a function that returns its link."""
+    """Turn a function that returns a link into a public `scale_by_x`."""
     name = make.__name__
 
     def transformation(arguments: inspect.BoundArguments, text: str) -> Transformation:
@@ -114,14 +114,14 @@ def direction(make: Callable[P, Link]) -> Callable[P, Transformation]:
 
 
 def link_of(scale_by: Callable[P, Transformation]) -> Callable[P, Link]:
-    """Return the function that makes the link of a `scale_by_x`."""
+    """Return the function that returns the link of a `scale_by_x`."""
     return _LINKS[scale_by]
 
 
 def optimizer(
     *, paper: str, year: int, formula: str, purpose: str, learning_rate: str
 ) -> Callable[[Callable[P, Chain | Transformation]], Callable[P, Transformation]]:
-    """Make a public constructor of a function that returns a chain, and list it; see `Entry`."""
+    """Turn a function that returns a chain into a public constructor with an `Entry`."""
 
     def decorate(make: Callable[P, Chain | Transformation]) -> Callable[P, Transformation]:
         def transformation(arguments: inspect.BoundArguments, text: str) -> Transformation:
@@ -139,7 +139,7 @@ def optimizer(
 
 
 def declared_range(argument: str) -> Range | None:
-    """Return the range that the constructors declare for an argument of this name."""
+    """Return the range that constructors declare for an argument name."""
     return next((ranges[argument] for ranges in _RANGES if argument in ranges), None)
 
 
@@ -147,10 +147,10 @@ def _public(
     make: Callable[P, Any],
     transformation: Callable[[inspect.BoundArguments, str], Transformation],
 ) -> Callable[P, Transformation]:
-    """Return a constructor with checked arguments, its name in errors, and a repr.
+    """Return a constructor that checks its arguments and sets the repr.
 
-    Every number is checked before anything is built, so that errors carry the name of the function
-    that the user called.
+    Numbers are checked before anything is built, so that errors name the function that the user
+    called.
     """
     name, signature = make.__name__, _signature(make)
     plain = inspect.Signature(list(signature.parameters.values()))
@@ -176,7 +176,7 @@ def _public(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _NamedType:
-    """A type that `help` shows by its name, and that is equal to the type."""
+    """An annotation that equals `type`, and that `help` shows as `name`."""
 
     name: str
     type: PyTree
@@ -192,10 +192,10 @@ class _NamedType:
 
 
 class _Signature(inspect.Signature):
-    """The signature of a constructor, by which `optax.inject_hyperparams` binds its arguments.
+    """The signature by which `optax.inject_hyperparams` binds a constructor's arguments.
 
-    That function takes every callable for a schedule, a storage function, too, and calls it with
-    the step count before the constructor runs. So the storage function has to say what is wrong.
+    Optax treats every callable as a schedule, including a storage function, and calls it with the
+    step count before the constructor runs. So `bind` makes that call raise an error.
     """
 
     name: str
@@ -209,7 +209,7 @@ class _Signature(inspect.Signature):
 
 
 def _signature(make: Callable[..., Any]) -> _Signature:
-    """Return the signature with the shared keywords one by one, and types by their names."""
+    """Return the signature with the shared keywords listed, and types shown by name."""
     *own, shared = inspect.signature(make).parameters.values()
     named = {f"Unpack[{kind.__name__}]": kind for kind in OPTIONS}
     annotations = named[shared.annotation].__annotations__
@@ -233,7 +233,7 @@ def _named_type(annotation: str | typing.ForwardRef, scope: Mapping[str, Any]) -
 
 
 def _ranges(make: Callable[..., Any]) -> dict[str, Range]:
-    """Return the ranges that the arguments' types declare; see `Range`."""
+    """Return the `Range` of each argument whose type declares one."""
     names = {"weight_decay": "ScalarOrSchedule", **inspect.get_annotations(make)}
     scope = {**globals(), **make.__globals__}
     found: dict[str, Range] = {}
@@ -244,7 +244,7 @@ def _ranges(make: Callable[..., Any]) -> dict[str, Range]:
 
 
 def _text(name: str, bound: inspect.BoundArguments) -> str:
-    """Return the call that a repr shows: numbers, and what differs from its default."""
+    """Return the repr: a call with its floats and other non-default arguments."""
     parameters = bound.signature.parameters
     shown = {
         k: describe_storage(v) if k == "storage" else v
@@ -255,7 +255,7 @@ def _text(name: str, bound: inspect.BoundArguments) -> str:
 
 
 def call_text(name: str, arguments: Mapping[str, Any]) -> str:
-    """Return a call as text, with functions by their names."""
+    """Return a call as text, with functions shown by name."""
 
     def text(value: Any) -> str:
         return getattr(value, "__name__", "schedule") if callable(value) else str(value)

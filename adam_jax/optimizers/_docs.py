@@ -1,4 +1,4 @@
-"""Completes the docstrings of constructors with what all have in common."""
+"""Shared parts of the constructors' docstrings."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ ARGUMENTS = {
     "learning_rate": "η ≥ 0, or a schedule of the step count; None leaves the direction unscaled.",
     "b1": "decay rate of the average gradient, in [0, 1).",
     "b2": "decay rate of the average squared gradient, in [0, 1).",
-    "eps": "≥ 0, added to the root.",
-    "eps_root": "≥ 0, added under the root.",
-    "mu_dtype": 'the dtype of mu; the same as storage={"mu": dtype}.',
+    "eps": "≥ 0, added to the square root.",
+    "eps_root": "≥ 0, added inside the square root.",
+    "mu_dtype": 'the dtype of mu; equivalent to storage={"mu": dtype}.',
     "weight_decay": "λ ≥ 0, or a schedule; None for none.",
     "mask": "Optax's name for weight_decay_mask.",
-    "weight_decay_mask": "which leaves are decayed: a tree of bools, or `not_matching('bias')`.",
-    "weight_decay_form": "where λ·p is added, 'decoupled' by default; see `from_rule`.",
+    "weight_decay_mask": "the leaves to decay: a tree of bools, or e.g. `not_matching('bias')`.",
+    "weight_decay_form": "how weight decay is applied, 'decoupled' by default; see `from_rule`.",
     "cautious": "whether to mask the direction as `adam_jax.cautious` does.",
     "storage": 'the format of the moments, such as "int8"; see `scale_by_rule`.',
-    "implementation": 'how a leaf is stepped, "auto" by default; see `scale_by_rule`.',
+    "implementation": 'how a step is executed, "auto" by default; see `scale_by_rule`.',
 }
 
 ENDING = """Returns:
   an `optax.GradientTransformationExtraArgs`. Any number may be a schedule of the step count.
 
 Raises:
-  ValueError: a number is out of range, or a name unknown; at update, gradients don't fit.
+  ValueError: a number or name is invalid; at update, gradients don't match the parameters.
   TypeError: a leaf is not floating point."""
 
 
 def complete(text: str, signature: inspect.Signature) -> str:
-    """Return a docstring with all arguments in their order, and the ending before its example."""
+    """Add the shared arguments and the ending to a docstring, before its example."""
     about, mark, example = text.partition(">>>")
     about, _, own = about.partition("\nArgs:\n")
     described = dict(re.findall(r"^  (\w+): (.*(?:\n    .*)*)", own, re.MULTILINE))

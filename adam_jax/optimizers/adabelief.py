@@ -54,13 +54,13 @@ def adabelief(
     nesterov: bool = False,
     **options: Unpack[FormOptions],
 ) -> Chain:
-    """AdaBelief: steps are long where the gradient comes as its average predicted.
+    """AdaBelief: Adam with larger steps where the gradient is near its average.
 
     Source: Zhuang et al. (2020), AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed
     Gradients, Algorithm 2.
 
     Args:
-      b2: decay rate of the average squared surprise, in [0, 1).
+      b2: decay rate of the average squared deviation, in [0, 1).
       eps_root: ≥ 0, added to the second moment at each step, as in the paper.
       nesterov: look ahead as `nadam` does.
 

@@ -34,7 +34,7 @@ def scale_by_adam(
     eps_hat: bool = False,
     **options: Unpack[Options],
 ) -> Link:
-    """The direction of `adam`: m̂ / (√(v̂ + eps_root) + eps).
+    """Return the direction of `adam`: m̂ / (√(v̂ + eps_root) + eps).
 
     >>> scale_by_adam(b2=0.99)
     scale_by_adam(b1=0.9, b2=0.99, eps=1e-08, eps_root=0.0)
@@ -67,14 +67,14 @@ def adam(
     eps_hat: bool = False,
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """Adam: the average gradient over the root of the average squared gradient.
+    """Adam: the average gradient divided by the root of the average squared gradient.
 
-    u = m̂ / (√(v̂ + eps_root) + eps), where m̂ and v̂ are corrected for their start at zero.
+    u = m̂ / (√(v̂ + eps_root) + eps), where m̂ and v̂ are bias-corrected averages.
     Source: Kingma & Ba (2015), Adam: A Method for Stochastic Optimization, Algorithm 1.
 
     Args:
-      nesterov: NAdam's direction instead; see `nadam`.
-      eps_hat: put eps where Keras and TensorFlow do, beside the uncorrected root.
+      nesterov: use NAdam's direction; see `nadam`.
+      eps_hat: add eps to the uncorrected root, as Keras and TensorFlow do.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = adam(0.125)
@@ -113,14 +113,14 @@ def adamw(
 ) -> Chain:
     """AdamW: `adam` with decoupled weight decay, p ← p - η·(u + λ·p).
 
-    Source: Loshchilov & Hutter (2019), Decoupled Weight Decay Regularization; λ is multiplied by
-    the learning rate, as in PyTorch and Optax (the paper's own form is
-    weight_decay_form="independent").
+    Source: Loshchilov & Hutter (2019), Decoupled Weight Decay Regularization. λ is multiplied by
+    the learning rate, as in PyTorch and Optax; the paper's form is
+    weight_decay_form="independent".
 
     Args:
-      weight_decay: λ ≥ 0, or a schedule. 1e-4 as in Optax; PyTorch's default is 1e-2.
-      nesterov: NAdam's direction instead; see `nadam`.
-      eps_hat: put eps where Keras and TensorFlow do, beside the uncorrected root.
+      weight_decay: λ ≥ 0, or a schedule. The default is Optax's; PyTorch's is 1e-2.
+      nesterov: use NAdam's direction; see `nadam`.
+      eps_hat: add eps to the uncorrected root, as Keras and TensorFlow do.
 
     >>> adamw(1e-3, weight_decay=0.1, weight_decay_form="cautious")
     adamw(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, weight_decay=0.1, \

@@ -48,13 +48,13 @@ def adam_atan2(
     mu_dtype: DType = None,
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """Adam-atan2: Adam's quotient inside an arc tangent, so that there is no epsilon to choose.
+    """Adam-atan2: Adam with an arctangent instead of a division, so that it needs no epsilon.
 
     Real parameters only. Source: Everett et al. (2024), Scaling Exponents Across Parameterizations
     and Optimizers, section 4.
 
     Args:
-      a: ≥ 0, the length of the direction; 4/π = 1.27 makes atan2(1, 1) one.
+      a: ≥ 0, the scale of the direction; 4/π ≈ 1.27 makes a·atan2(1, 1) one.
       b: ≥ 0, the scale of the denominator.
 
     >>> tx = adam_atan2(1e-3)

@@ -48,13 +48,13 @@ def adamax(
     eps: NonNegative = 1e-8,
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """AdaMax: the average gradient over its decaying largest magnitude.
+    """AdaMax: the average gradient divided by a decaying maximum of |g|.
 
     Source: Kingma & Ba (2015), Algorithm 2.
 
     Args:
-      b2: decay rate of the largest gradient, in [0, 1).
-      eps: ≥ 0, added to the gradient's magnitude.
+      b2: decay rate of the maximum, in [0, 1).
+      eps: ≥ 0, added to |g|.
 
     >>> tx = adamax(2e-3)
     """
@@ -83,8 +83,8 @@ def adamaxw(
     Source: Kingma & Ba (2015), Algorithm 2, and Loshchilov & Hutter (2019).
 
     Args:
-      b2: decay rate of the largest gradient, in [0, 1).
-      eps: ≥ 0, added to the gradient's magnitude.
+      b2: decay rate of the maximum, in [0, 1).
+      eps: ≥ 0, added to |g|.
 
     >>> tx = adamaxw(2e-3, weight_decay=0.01)
     """

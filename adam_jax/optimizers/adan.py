@@ -60,15 +60,15 @@ def adan(
     """Adan: Nesterov momentum estimated from differences of gradients.
 
     Source: Xie et al. (2022), Adan: Adaptive Nesterov Momentum Algorithm, Algorithm 1. The
-    authors' weight decay is weight_decay_form="proximal"; Optax adds it ("decoupled").
+    authors' weight decay is weight_decay_form="proximal"; Optax's is "decoupled".
 
     Args:
       b1: decay rate of the average gradient, in [0, 1); the paper's 1 - β1.
-      b2: decay rate of the average difference of gradients, in [0, 1).
+      b2: decay rate of the average gradient difference, in [0, 1).
       b3: decay rate of the average square, in [0, 1).
-      eps_root: ≥ 0, added under the root; 0 in the authors' code, 1e-8 in Optax.
-      difference_weight: the weight of the difference in the step: b2 in the paper and in the
-        authors' code, 1 - b2 in Optax, whose adan is therefore another method.
+      eps_root: ≥ 0, added inside the root; 0 in the authors' code, 1e-8 in Optax.
+      difference_weight: the weight of the difference in the step: b2 in the paper and the
+        authors' code, 1 - b2 in Optax, whose adan is therefore a different method.
 
     >>> tx = adan(1e-3, weight_decay=0.02, weight_decay_form="proximal")  # the authors'
     """

@@ -69,7 +69,7 @@ def ademamix(
     warmup_steps: int | None = None,
     **options: Unpack[MaskOptions],
 ) -> Chain:
-    """AdEMAMix: a fast and a slow average of the gradient, together over Adam's root.
+    """AdEMAMix: a fast and a slow average gradient, summed and divided by Adam's root.
 
     Source: Pagliardini, Ablin & Grangier (2024), The AdEMAMix Optimizer: Better, Faster, Older,
     Algorithm 1.
@@ -79,8 +79,8 @@ def ademamix(
       b3: decay rate of the slow average gradient, in [0, 1), or a schedule.
       alpha: ≥ 0, the weight of the slow average, or a schedule.
       mu_dtype: the dtype of all three moments, as in Optax.
-      warmup_steps: over how many steps alpha rises from 0 and b3 from b1, as in the paper (which
-        takes the length of the run); None for no warmup. See `schedules.ademamix_warmup`.
+      warmup_steps: the number of steps over which alpha rises from 0 and b3 from b1 (in the
+        paper, the whole run); None for no warmup. See `schedules.ademamix_warmup`.
 
     >>> tx = ademamix(1e-3, b3=0.9999, alpha=8.0, warmup_steps=100_000, weight_decay=0.1)
     """

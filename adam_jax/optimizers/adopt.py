@@ -58,15 +58,15 @@ def adopt(
     clip_value_fn: Callable[[jax.Array], jax.Array] | None = None,
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """ADOPT: Adam that converges with any b2, as nu never contains the gradient that it divides.
+    """ADOPT: Adam that converges with any b2, because nu excludes the gradient that it divides.
 
     The first step only sets nu. Source: Taniguchi et al. (2024), ADOPT: Modified Adam Can Converge
     with Any β2 with the Optimal Rate, Algorithm 2.
 
     Args:
-      eps: ≥ 0, the least root that is divided by.
+      eps: ≥ 0, a lower bound of the denominator.
       nesterov: average the normalized gradient into the momentum once more.
-      use_clipping: whether the normalized gradient is clipped to ±clip_value_fn(steps made).
+      use_clipping: whether to clip the normalized gradient to ±clip_value_fn(steps made).
       clip_value_fn: the bound; None for steps**0.25, as in the paper.
 
     >>> tx = adopt(1e-3)

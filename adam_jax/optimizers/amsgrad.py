@@ -44,7 +44,7 @@ def scale_by_amsgrad(
     paper="Reddi et al., arXiv:1904.09237",
     year=2018,
     formula="m̂ / (√(max v̂) + ε)",
-    purpose="converges where Adam need not",
+    purpose="converges where Adam may not",
     learning_rate="1",
 )
 def amsgrad(
@@ -60,15 +60,15 @@ def amsgrad(
     max_of: Literal["corrected", "raw"] = "corrected",
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """AMSGrad: Adam whose second moment never falls, so that it converges where Adam need not.
+    """AMSGrad: Adam whose second moment never decreases; it converges where Adam may not.
 
     Source: Reddi, Kale & Kumar (2018), On the Convergence of Adam and Beyond, Algorithm 2.
 
     Args:
-      bias_correction_mu: whether mu is corrected for its start at zero.
-      bias_correction_nu: whether nu is.
-      max_of: take the maximum of the corrected nu (Optax), or of the raw nu and correct that
-        (PyTorch, Keras; with both corrections off, Reddi et al.).
+      bias_correction_mu: whether to bias-correct mu.
+      bias_correction_nu: whether to bias-correct nu.
+      max_of: "corrected": the maximum of the bias-corrected nu (Optax); "raw": the maximum of nu,
+        corrected afterwards (PyTorch, Keras; the paper's if both corrections are off).
 
     >>> tx = amsgrad(1e-3, max_of="raw")  # torch.optim.Adam(amsgrad=True)
     """

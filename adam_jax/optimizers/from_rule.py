@@ -21,27 +21,28 @@ def scale_by_rule(
     implementation: str = "auto",
     **hyperparams: ScalarOrSchedule | Option,
 ) -> Transformation:
-    """Lift a rule to pytrees: its direction alone, without weight decay and learning rate.
+    """Transform gradients into a rule's direction, without weight decay or a learning rate.
 
     Args:
       rule: a declared variant; see `rule`.
       storage: the format of the moments: "float32", "bfloat16", "int8", "float64", a mapping from
-        moments to these, or a function (path, leaf) of these. By default a moment has its
-        parameter's dtype (float32 for float16 parameters). bfloat16 and int8 are rounded
-        stochastically, and leaves under 4096 elements stay float32 if a name asks for int8.
+        moments to formats, or a function (path, leaf) that returns one. By default, a moment has
+        its parameter's dtype (float32 for float16 parameters). bfloat16 and int8 are rounded
+        stochastically. For leaves under 4096 elements, int8 means float32, unless a function
+        returns it.
       implementation: how a leaf's step is executed. "xla" leaves it to XLA; "stream" runs it in
-        tiles, in place; "pallas" runs it in a kernel, compiled for GPUs and TPUs and on CPUs
-        interpreted, which is slow; "auto" takes a kernel (on CPUs tiles) for quantized moments,
-        else "xla".
-      **hyperparams: the rule's, each a number, a scalar array or a schedule of the step count;
-        those with a default may be left out.
+        tiles, in place; "pallas" runs it in a kernel, compiled on GPUs and TPUs and interpreted on
+        CPUs, which is slow; "auto" uses a kernel (tiles on CPUs) for quantized moments, and "xla"
+        otherwise.
+      **hyperparams: the rule's hyperparameters: numbers, scalar arrays, or schedules of the step
+        count; required unless they have defaults.
 
     Returns:
       an Optax transformation whose updates are the direction, in the gradients' dtype.
 
     Raises:
       TypeError: a hyperparameter is unknown or missing.
-      ValueError: a value is out of range, or storage or implementation is not one of those above.
+      ValueError: a value is out of range, or storage or implementation is unknown.
 
     >>> import adam_jax
     >>> tx = scale_by_rule(adam_jax.rules.adam, b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0)
@@ -64,28 +65,28 @@ def from_rule(
     implementation: str = "auto",
     **hyperparams: ScalarOrSchedule | Option,
 ) -> Transformation:
-    """Make an optimizer from a declared rule: it gets everything that the built-in ones have.
+    """Make an optimizer from a declared rule, with every option of the built-in ones.
 
     Args:
       rule: a declared variant; see `rule`.
       learning_rate: η ≥ 0, or a schedule of the step count.
       weight_decay: λ ≥ 0, or a schedule of the step count; None for none.
-      weight_decay_mask: which leaves are decayed: a tree of bools, a prefix of one, or a function
-        of the parameters that returns one, such as `not_matching('bias')`.
-      weight_decay_form: "decoupled": η·λ·p, as in PyTorch and Optax; "independent": λ·p, for any η;
-        "cautious": only if the step, too, shrinks the weight; "proximal": p/(1 + ηλ) after the
+      weight_decay_mask: the leaves to decay: a tree of bools, a prefix of one, or a function of
+        the parameters that returns one, such as `not_matching('bias')`.
+      weight_decay_form: "decoupled": -η·λ·p, as in PyTorch and Optax; "independent": -λ·p;
+        "cautious": -η·λ·p where the step also shrinks p; "proximal": division by 1 + ηλ after the
         step; "l2": λ·p added to the gradient.
       cautious: whether to mask the direction as `adam_jax.cautious` does.
       storage: the format of the moments; see `scale_by_rule`.
       implementation: how a leaf's step is executed; see `scale_by_rule`.
-      **hyperparams: the rule's; those with a default may be left out.
+      **hyperparams: the rule's hyperparameters, required unless they have defaults.
 
     Returns:
       an Optax transformation. Updates have the gradients' dtypes; all arithmetic is float32, or
       float64 for float64 leaves.
 
     Raises:
-      ValueError: a number is out of range, or a name unknown; at update, gradients don't fit.
+      ValueError: a number or name is invalid; at update, gradients don't match the parameters.
       TypeError: a leaf is not floating point.
 
     >>> import adam_jax

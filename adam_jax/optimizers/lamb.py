@@ -31,10 +31,10 @@ def lamb(
     mask: Mask = None,
     **options: Unpack[MaskOptions],
 ) -> Chain:
-    """LAMB: AdamW's step, decay included, made as long as the weights it moves, leaf by leaf.
+    """LAMB: AdamW's step, including weight decay, scaled to the norm of each parameter.
 
-    The trust ratio is on for every leaf (the authors' code leaves out biases and norms: use
-    `optax.partition`). Source: You et al. (2020), Large Batch Optimization for Deep Learning,
+    Every leaf has a trust ratio; to exclude biases and norms, as the authors' code does, use
+    `optax.partition`. Source: You et al. (2020), Large Batch Optimization for Deep Learning,
     Algorithm 2 with φ the identity.
 
     >>> tx = lamb(1e-3, weight_decay=0.01)

@@ -45,7 +45,7 @@ def laprop(
     mu_dtype: DType = None,
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """LaProp: the gradient is normalized first and averaged then.
+    """LaProp: Adam that normalizes the gradient before averaging it.
 
     Source: Ziyin, Wang & Ueda (2020), LaProp: Separating Momentum and Adaptivity in Adam.
 

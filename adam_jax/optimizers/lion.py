@@ -25,7 +25,7 @@ def scale_by_lion(
     smooth_beta: Numeric = 1.0,
     **options: Unpack[Options],
 ) -> Link:
-    """Return the direction of `lion`; Optax's other modes have tanh(smooth_beta·x) or clip(x, ±1).
+    """Return the direction of `lion`; other modes use tanh(smooth_beta·x) or clip(x, ±1).
 
     >>> tx = scale_by_lion(mode="smooth", smooth_beta=100.0)
     """
@@ -39,7 +39,7 @@ def scale_by_lion(
     paper="Chen et al., arXiv:2302.06675",
     year=2023,
     formula="sign(β₁·m + (1−β₁)·g) + λ·p",
-    purpose="half the state; wants 3–10 times the λ",
+    purpose="half the state; needs 3–10 times the λ",
     learning_rate="1/10–1/3",
 )
 def lion(
@@ -51,7 +51,7 @@ def lion(
     mask: Mask = None,
     **options: Unpack[MaskOptions],
 ) -> Chain:
-    """Lion: step by the sign of a momentum, with one moment.
+    """Lion: the sign of a momentum; it stores one moment.
 
     Every element moves by the learning rate. Use a learning rate 3 to 10 times smaller than AdamW's
     and a weight decay 3 to 10 times larger.

@@ -50,7 +50,7 @@ def scale_by_nadam(
     paper="Dozat, ICLR workshop",
     year=2016,
     formula="(β₁·m̂₊ + (1−β₁)·ĝ) / (√v̂ + ε)",
-    purpose="Adam with Nesterov's look ahead",
+    purpose="Adam with Nesterov momentum",
     learning_rate="1",
 )
 def nadam(
@@ -65,15 +65,15 @@ def nadam(
     momentum_decay: NonNegative | None = None,
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """NAdam: Adam with Nesterov's look ahead.
+    """NAdam: Adam with Nesterov's look-ahead.
 
-    The numerator of `adam` is replaced by the momentum that the next step would have.
+    An estimate of the next step's momentum replaces the numerator of `adam`.
     Source: Dozat (2016), Incorporating Nesterov Momentum into Adam.
 
     Args:
-      nesterov: False gives `adam` (Optax's argument).
+      nesterov: False gives `adam`, as in Optax.
       momentum_decay: None for a constant momentum, as in Optax; d ≥ 0 for
-        b1·(1 - ½·0.96^(t·d)), which is 0.004 in PyTorch and 1.0 in Keras.
+        b1·(1 - ½·0.96^(t·d)); d is 0.004 in PyTorch and 1.0 in Keras.
 
     >>> nadam(1e-3, momentum_decay=0.004)  # torch.optim.NAdam
     nadam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, \
@@ -94,7 +94,7 @@ momentum_decay=0.004)
     paper="Dozat, ICLR workshop",
     year=2016,
     formula="(β₁·m̂₊ + (1−β₁)·ĝ) / (√v̂ + ε) + λ·p",
-    purpose="AdamW with Nesterov's look ahead",
+    purpose="AdamW with Nesterov momentum",
     learning_rate="1",
 )
 def nadamw(
@@ -113,13 +113,13 @@ def nadamw(
 ) -> Chain:
     """NAdamW: `nadam` with decoupled weight decay.
 
-    Source: Dozat (2016) and Loshchilov & Hutter (2019). AlgoPerf's NAdamW is a variant of this one:
-    it divides the looked-ahead momentum by 1 - b1^t alone.
+    Source: Dozat (2016) and Loshchilov & Hutter (2019). AlgoPerf's NAdamW differs: it divides the
+    look-ahead momentum by 1 - b1^t alone.
 
     Args:
-      nesterov: False gives `adam` (Optax's argument).
+      nesterov: False gives `adamw`, as in Optax.
       momentum_decay: None for a constant momentum, as in Optax; d ≥ 0 for
-        b1·(1 - ½·0.96^(t·d)), which is 0.004 in PyTorch and 1.0 in Keras.
+        b1·(1 - ½·0.96^(t·d)); d is 0.004 in PyTorch and 1.0 in Keras.
 
     >>> tx = nadamw(1e-3, weight_decay=0.05)
     """

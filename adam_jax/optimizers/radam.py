@@ -55,12 +55,12 @@ def radam(
     nesterov: bool = False,
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """RAdam: Adam that moves by momentum alone until its second moment can be trusted.
+    """RAdam: Adam that steps by momentum alone until its second moment is reliable.
 
     Source: Liu et al. (2020), On the Variance of the Adaptive Learning Rate and Beyond.
 
     Args:
-      threshold: ≥ 4, the averaging length ρ_t from which the step is adaptive: 5 in PyTorch and
+      threshold: ≥ 4, the averaging length ρ_t at which steps become adaptive: 5 in PyTorch and
         Optax, 4 in the paper.
       nesterov: look ahead as `nadam` does.
 

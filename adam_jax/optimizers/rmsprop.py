@@ -48,7 +48,7 @@ def scale_by_stddev(
 ) -> Link:
     """Return the direction of `rmsprop` with centered=True: g / √(nu - mu² + eps).
 
-    With storage="bfloat16" or "int8" the state keeps nu - mu², as `variance`, in place of nu.
+    With storage="bfloat16" or "int8", the state has `variance`, nu - mu², in place of nu.
 
     >>> tx = scale_by_stddev(decay=0.99)
     """
@@ -66,7 +66,7 @@ def scale_by_stddev(
     paper="Tieleman & Hinton, lecture 6.5",
     year=2012,
     formula="g / √(v + ε)",
-    purpose="half the state; much used in RL",
+    purpose="half the state; common in RL",
     learning_rate="1",
 )
 def rmsprop(
@@ -81,25 +81,25 @@ def rmsprop(
     bias_correction: bool = False,
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """RMSprop: the gradient over the root of its average square.
+    """RMSprop: the gradient divided by the root of its average square.
 
     Source: Tieleman & Hinton (2012), lecture 6.5; Graves (2013) for the centered form.
 
     Args:
       decay: decay rate of the average squared gradient, in [0, 1).
-      eps: ≥ 0, added under the root, or to it.
-      initial_scale: ≥ 0, where nu starts: 0 in PyTorch, 1 in TensorFlow 1.
-      eps_in_sqrt: whether eps is under the root; PyTorch adds it to the root.
+      eps: ≥ 0, added inside the root, or to it.
+      initial_scale: ≥ 0, the initial nu: 0 in PyTorch, 1 in TensorFlow 1.
+      eps_in_sqrt: whether eps is inside the root; PyTorch adds it to the root.
       centered: divide by the standard deviation instead.
       momentum: decay rate, in [0, 1], of heavy-ball momentum on the scaled update; None for none.
-      nesterov: whether that momentum is Nesterov's.
-      bias_correction: whether the averages are corrected for their start at zero.
+      nesterov: whether the momentum is Nesterov's.
+      bias_correction: whether to bias-correct the averages.
 
     >>> tx = rmsprop(1e-3, decay=0.99, momentum=0.9)
     """
-    of_direction, of_trace = split(options.get("storage"), ("mu", "nu"), ("trace",))
+    direction_storage, trace_storage = split(options.get("storage"), ("mu", "nu"), ("trace",))
     along = link_of(scale_by_stddev if centered else scale_by_rms)(
-        decay, eps, initial_scale, eps_in_sqrt, bias_correction, storage=of_direction
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction, storage=direction_storage
     )
-    after = (momentum_link(momentum, nesterov, of_trace),)
+    after = (momentum_link(momentum, nesterov, trace_storage),)
     return descend(along, learning_rate, momentum=after, **options)

@@ -1,4 +1,4 @@
-"""Schedule-Free AdamW: no learning-rate schedule, an average of the iterates in its place."""
+"""Schedule-Free AdamW: an average of the iterates in place of a learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["schedule_free_adamw", "schedule_free_eval_params"]
 
 
 class _Iterate(NamedTuple):
-    """The state of the link that moves z; with a count, so that bfloat16 rounds without bias."""
+    """The state of the link that updates z; the count enables stochastic rounding to bfloat16."""
 
     count: jax.Array  # type: ignore[assignment]  # tuple has a method of that name
     z: optax.Params
@@ -49,21 +49,21 @@ def schedule_free_adamw(
     state_dtype: DType = None,
     **options: Unpack[Options],
 ) -> Transformation:
-    """Schedule-Free AdamW: gradients are taken at y, between the fast z and its average x.
+    """Schedule-Free AdamW: gradients are taken at y, between the fast iterate z and its average x.
 
-    z ← z - η_t·(g/(√v̂ + ε) + λ·y); x averages z, weighted by the largest η so far to the power
-    weight_lr_power; y = (1 - b1)·z + b1·x is what is trained. Evaluate at x, which
-    `schedule_free_eval_params` gives. There is nothing to schedule but a warmup.
+    z ← z - η_t·(g/(√v̂ + ε) + λ·y). x averages z, weighted by the largest η so far to the power
+    weight_lr_power. The trained parameters are y = (1 - b1)·z + b1·x. Evaluate at x, from
+    `schedule_free_eval_params`. No schedule is needed except for a warmup.
     Source: Defazio et al. (2024), The Road Less Scheduled, and the authors' code. The state is
-    Optax's. Optax's warmup is one step late in the step, not in the average's weight.
+    Optax's. In Optax, the warmup of the step, not of the average's weight, is one step late.
 
     Args:
-      learning_rate: η ≥ 0, after the warmup; or a schedule of the count of steps made.
-      warmup_steps: over how many steps η rises linearly; None for no warmup.
-      b1: how far y is from z towards x, in (0, 1).
-      weight_decay: λ ≥ 0, at y.
-      weight_lr_power: ≥ 0, how much more a step of a larger η weighs in the average.
-      state_dtype: the dtype of z; the same as storage={"z": dtype}. Codes are for nu alone.
+      learning_rate: η ≥ 0 after the warmup, or a schedule of the step count.
+      warmup_steps: the number of steps over which η rises linearly; None for no warmup.
+      b1: the weight of x in y, in (0, 1).
+      weight_decay: λ ≥ 0, applied at y.
+      weight_lr_power: ≥ 0, the power of η that weights a step in the average.
+      state_dtype: the dtype of z; equivalent to storage={"z": dtype}. Only nu can be quantized.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = schedule_free_adamw(0.0025, warmup_steps=100)
@@ -75,7 +75,7 @@ def schedule_free_adamw(
     """
     errors.above_zero("b1", b1)
     formats = with_dtype(options.get("storage"), "z", "state_dtype", state_dtype)
-    of_z = unquantized(formats, "z", "which holds parameters: each rounding would move them")
+    z_storage = unquantized(formats, "z", "which holds parameters: each rounding would change them")
 
     scheduled = warmup_steps is not None or callable(learning_rate)
     rate_state = optax.ScaleByScheduleState if scheduled else None
@@ -87,7 +87,7 @@ def schedule_free_adamw(
             link(rules.rms, squares, storage=formats, state=RmsCounted),
             link(rules.decay_decoupled, {"weight_decay": weight_decay}),
             link(rules.descend, {"learning_rate": rate}, state=rate_state),
-            link(rules.schedule_free, iterate, storage=of_z, state=_Iterate),
+            link(rules.schedule_free, iterate, storage=z_storage, state=_Iterate),
         )
         implementation = options.get("implementation", "auto")
         return Chain("schedule_free_adamw", links, implementation).transformation()
@@ -102,14 +102,14 @@ def schedule_free_adamw(
             rise = jnp.minimum((count + 1).astype(dtype) / max(warmup_steps, 1), 1)
         return jnp.asarray(rate, dtype) * rise
 
-    # so that bad arguments raise here, and the learning rate can be found
+    # makes bad arguments raise here, and exposes the learning rate
     rate: PyTree = warmed_up if scheduled else learning_rate
     checked = chain(rate, 0.0)
 
     def init(params: optax.Params) -> PyTree:
         states: PyTree = chain(0.0, 0.0).init(params)
         *base, iterate = states
-        without_leaves = isinstance(iterate.z, Quantized)  # z is never quantized
+        without_leaves = isinstance(iterate.z, Quantized)  # if z has leaves, it isn't quantized
         z = iterate.z.codes if without_leaves else iterate.z
         z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), z, params)
         dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves(z))).type(0).real.dtype
@@ -153,11 +153,11 @@ def schedule_free_adamw(
 
 
 def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:
-    """The averaged parameters x of Schedule-Free, to evaluate and to keep: (y - (1 - b1)·z) / b1.
+    """Return Schedule-Free's average x = (y - (1 - b1)·z) / b1, to evaluate and to save.
 
     Args:
-      state: the optimizer's state, also inside a chain; Optax's or ours.
-      params: the parameters y that are trained.
+      state: the optimizer's state, or a chain's; Optax's or ours.
+      params: the trained parameters y.
 
     Returns:
       x, with the parameters' structure and dtypes.

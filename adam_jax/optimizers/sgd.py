@@ -37,7 +37,7 @@ def trace(
     paper="Polyak, USSR Comp. Math. 4(5)",
     year=1964,
     formula="g, or b = β·b + g",
-    purpose="no state; CNNs, with momentum",
+    purpose="no state; with momentum, for CNNs",
     learning_rate="≈ 100",
 )
 def sgd(
@@ -54,7 +54,7 @@ def sgd(
     Args:
       momentum: decay rate, in [0, 1]; None for none.
       nesterov: whether the momentum is Nesterov's.
-      accumulator_dtype: the dtype of the trace; the same as storage={"trace": dtype}.
+      accumulator_dtype: the dtype of the trace; equivalent to storage={"trace": dtype}.
 
     >>> tx = sgd(0.1, momentum=0.9, nesterov=True)
     """
@@ -63,7 +63,7 @@ def sgd(
 
 
 def momentum_link(momentum: Momentum | None, nesterov: bool, storage: Storage) -> Link:
-    """Return the momentum of `sgd` and `rmsprop`, or a link that does nothing."""
+    """Return a momentum link, or an identity link if `momentum` is None."""
     if callable(momentum):
         errors.no_step_count("momentum", optax.TraceState)
     return link(rules.identity, {}) if momentum is None else _trace(momentum, nesterov, storage)

@@ -51,7 +51,7 @@ def simplified_ademamix(
     mask: Mask = None,
     **options: Unpack[MaskOptions],
 ) -> Chain:
-    """Simplified AdEMAMix: a sum of old gradients plus alpha times the new one, over Adam's root.
+    """Simplified AdEMAMix: a decaying gradient sum plus alpha·g, divided by Adam's root.
 
     The direction is up to 1/(1 - b1) times as long as Adam's: lower the learning rate accordingly.
     Source: Morwani et al. (2025), Connections between Schedule-Free Optimizers, AdEMAMix, and

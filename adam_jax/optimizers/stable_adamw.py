@@ -34,7 +34,7 @@ def scale_by_stable_adamw(
     paper="Wortsman et al., arXiv:2304.13013",
     year=2023,
     formula="m̂ / (√v̂ + ε) / max(1, rms(g/√v̂)) + λ·p",
-    purpose="loss spikes; in place of clipping",
+    purpose="against loss spikes; replaces clipping",
     learning_rate="1",
 )
 def stable_adamw(
@@ -47,9 +47,9 @@ def stable_adamw(
     mask: Mask = None,
     **options: Unpack[MaskOptions],
 ) -> Chain:
-    """StableAdamW: AdamW whose step shrinks, leaf by leaf, when gradients outgrow their average.
+    """StableAdamW: AdamW with smaller steps for leaves whose g² outgrows its average.
 
-    It makes clipping by the global norm unnecessary. The weight decay is not shrunk.
+    It makes clipping by the global norm unnecessary. The weight decay is not scaled.
     Source: Wortsman et al. (2023), Stable and Low-Precision Training for Large-Scale
     Vision-Language Models, Algorithm 2.
 

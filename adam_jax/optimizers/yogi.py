@@ -45,7 +45,7 @@ def yogi(
     eps: NonNegative = 1e-3,
     **options: Unpack[DecayOptions],
 ) -> Chain:
-    """Yogi: Adam whose second moment forgets no faster than it learns.
+    """Yogi: Adam whose nu moves toward g² by (1 - b2)·g².
 
     Source: Zaheer et al. (2018), Adaptive Methods for Nonconvex Optimization, Algorithm 2.
 
