@@ -1,1 +1,1 @@
-"""From a rule for one array to an Optax transformation of a pytree."""
+"""Lifts a rule for one array to an Optax transformation of pytrees."""

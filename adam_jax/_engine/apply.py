@@ -1,4 +1,4 @@
-"""A step from gradients to new parameters, in one pass where that is possible."""
+"""Computes new parameters from gradients, in one pass if possible."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ def apply(
     params: optax.Params,
     **extra: PyTree,
 ) -> tuple[optax.Params, optax.OptState]:
-    """`update` and `optax.apply_updates` at once: nothing is written but parameters and state.
+    """Compute `tx.update` and `optax.apply_updates` in one pass, with the same result.
 
-    The result is theirs. Donate `params` and `state` to the jitted step that calls it, and coded
-    state is updated in place beside them; the gradients stay as they are.
+    Updates aren't written to memory. If the jitted caller donates `params` and `state`,
+    parameters and quantized state are updated in place. Gradients aren't overwritten.
 
     Args:
-      tx: an optimizer of ours, `chain`, `tunable`, `master_weights`, `stochastic_rounding` or
-        `zero1` around one; with any other Optax transformation its two functions are called.
+      tx: an adam_jax optimizer, alone or in `chain`, `tunable`, `master_weights`,
+        `stochastic_rounding`, or `zero1`. Other transformations run `update` and
+        `apply_updates` separately.
       grads: gradients, with the parameters' structure and shapes.
       state: the state of `tx`.
       params: the parameters.
-      **extra: what `tx.update` takes beside these.
+      **extra: further arguments of `tx.update`.
 
     Returns:
-      the new parameters, in their dtypes, and the new state.
+      the new parameters, with dtypes unchanged, and the new state.
 
     Raises:
-      ValueError: what `tx.update` raises for gradients or a state that do not fit.
+      ValueError: as in `tx.update`, if the gradients or the state don't fit.
 
     >>> import adam_jax, jax.numpy as jnp
     >>> tx = adam_jax.adam(0.125)
@@ -65,9 +66,9 @@ def step(
     *,
     emit_params: bool,
 ) -> tuple[PyTree, PyTree]:
-    """Step any transformation; new SplitParams are returned, and updates for other parameters.
+    """Step any transformation; return updates, but new parameters for each `SplitParam`.
 
-    With `emit_params` return new parameters only.
+    If `emit_params`, return new parameters for all leaves.
     """
     if emits_params(tx):
         return update_of(tx).function(updates, state, params, extra, emit_params=emit_params)

@@ -1,8 +1,8 @@
-"""Lifts rules to a pytree: the only loop over leaves.
+"""Lifts rules to pytrees, with the only loop over leaves.
 
-A `Link` is a rule with its hyperparameters. A `Chain` of links is executed leaf by leaf in one
-pass: each link transforms the gradient in turn. A step returns the update in the gradient's dtype,
-or the new parameter. The state has Optax's structure.
+A `Link` is a rule with its hyperparameters. A `Chain` runs its links leaf by leaf in one pass: each
+link transforms the previous link's output. A step returns the update in the gradient's dtype, or
+the new parameter. The state has Optax's structure.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from adam_jax.storage._blockwise import QuantizedLeaf
 from adam_jax.storage._moments import Stored
 
 Scalar: TypeAlias = np.float64 | jax.Array | Decay
-"""A hyperparameter as a step computes with it."""
+"""The value of a hyperparameter in one step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A rule with its hyperparameters: what one link of a chain does to every leaf."""
+    """One link of a chain: a rule with its hyperparameters, applied to every leaf."""
 
     rule: Rule
     hyperparams: Mapping[str, ScalarOrSchedule]
-    """Those of the rule."""
+    """The rule's hyperparameters."""
     scalars: Mapping[str, Scalar]
     """The hyperparameters that are Python numbers, converted once."""
     starts: Mapping[str, Numeric]
-    """What each moment starts at."""
+    """The initial value of each moment."""
     options: tuple[tuple[str, Option], ...]
     storage: Storage
     state: type[State]
     counts: tuple[str, ...]
-    """The fields of its state that count steps."""
+    """The state's fields that count steps."""
     mask: Mask
 
     def init(self, params: PyTree) -> State:
-        """Return its state before the first step."""
+        """Return the state before the first step."""
         moments = {
             name: _moments.start(self.storage, name, moment, params, self.starts[name])
             for name, moment in self.rule.moments.items()
@@ -70,7 +70,7 @@ class Link:
         return state if self.mask is None else optax.MaskedState(state)
 
     def operands(self, count: jax.Array | None) -> dict[str, Scalar]:
-        """Return the values of a step, after `count` steps."""
+        """Return the values of the hyperparameters after `count` steps."""
         evaluated = {k: v for k, v in self.hyperparams.items() if k not in self.scalars}
         return {**self.scalars, **evaluate(evaluated, count)}
 
@@ -83,9 +83,9 @@ def link(
     state: type[State] | None = None,
     mask: Mask = None,
 ) -> Link:
-    """Return a link, once all that was given for it has been checked.
+    """Check the arguments and return a link.
 
-    `state` is the NamedTuple of its state, whose fields are the rule's moments and step counts.
+    `state` is the class of its state, a NamedTuple with the rule's moments and step counts.
     """
     starts = {m.start: 0.0 for m in rule.moments.values() if isinstance(m.start, str)}
     known = {**rule.hyperparams, **starts, **rule.options}
@@ -98,7 +98,7 @@ def link(
     schedules = [name for name, value in values.items() if callable(value)]
     quantized = _policy.may_quantize(storage, rule.moments)
     if state is None or (quantized and not count_fields(state, rule.moments)):
-        # codes are rounded with random bits, which no two steps should share: they need a count
+        # stochastic rounding needs a count, so that no two steps share random bits
         counted = quantized or bool(schedules) or "t" in rule.inputs
         state = state_class(tuple(rule.moments), counted)
     counts = count_fields(state, rule.moments)
@@ -115,7 +115,7 @@ def link(
 
 
 def evaluate(hyperparams: Mapping[str, PyTree], count: jax.Array | None) -> dict[str, Scalar]:
-    """Return what a step computes with; schedules are evaluated at the count of earlier steps."""
+    """Return the hyperparameters' values, with schedules evaluated at `count`."""
     values: dict[str, PyTree] = {k: v(count) if callable(v) else v for k, v in hyperparams.items()}
     for name, value in values.items():
         if callable(hyperparams[name]) and not isinstance(value, Decay):
@@ -126,16 +126,16 @@ def evaluate(hyperparams: Mapping[str, PyTree], count: jax.Array | None) -> dict
 def _scalar(name: str, value: jax.typing.ArrayLike | Decay) -> Scalar:
     if errors.is_decay_rate(name):
         return decay_rate(value)
-    # double on the host: a float64 leaf gets all digits, and jit takes it as float32 elsewhere
+    # float64 on the host keeps all digits for float64 leaves; JAX casts it to float32 without x64
     return np.float64(value) if isinstance(value, (int, float)) else jnp.asarray(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Links that run on every leaf, one after the other.
+    """Links that run on every leaf in sequence.
 
-    If `bare`, the chain has one link, and its state is that link's. Otherwise the state is a tuple
-    with one state per link, as in `optax.chain`. Errors at init and update begin with `name`.
+    If `bare`, the chain has one link, and the link's state is its state. Otherwise, the state is a
+    tuple with one state per link, as in `optax.chain`. Errors at init and update begin with `name`.
     """
 
     name: str
@@ -144,7 +144,7 @@ class Chain:
     bare: bool = False
 
     def transformation(self, text: str = "") -> Transformation:
-        """Return the Optax transformation, with `text` for its repr."""
+        """Return an Optax transformation whose repr is `text`."""
         errors.choice("implementation", self.implementation, BACKENDS)
         moments = [name for each in self.links for name in each.rule.moments]
         for each in self.links:
@@ -153,8 +153,8 @@ class Chain:
         return transformation_of(self, named(self.init), named(self.step), text, emits_params=True)
 
     def init(self, params: PyTree) -> PyTree:
-        """Return the state before the first step: moments at their start, counts at 0."""
-        if any(link.rule.moments for link in self.links):  # without, a leaf may be anything
+        """Return the state before the first step: moments at their initial values, counts at 0."""
+        if any(link.rule.moments for link in self.links):  # without moments, any leaf is valid
             map_with_path(functools.partial(errors.leaf, "the parameter"), params)
         states = tuple(link.init(params) for link in self.links)
         for each, state in zip(self.links, states, strict=True):
@@ -171,10 +171,10 @@ class Chain:
         emit_params: bool,
         grads: PyTree = None,
     ) -> tuple[PyTree, PyTree]:
-        """Return what to add to the parameters, and the new state. Extra arguments are ignored.
+        """Return the updates, or new parameters if `emit_params`, and the new state.
 
-        With `emit_params` return the new parameters instead; SplitParams are always returned.
-        `grads` holds the gradients if `updates` are the direction of another transformation.
+        A `SplitParam` is always returned as a new parameter. If `updates` is the direction of
+        another transformation, `grads` has the gradients. Extra arguments are ignored.
         """
         del extra
         states = self._states(state)
@@ -199,8 +199,8 @@ class Chain:
         outputs = tree.with_leaves([output for output, _ in stepped])
         return outputs, self._next(tree, states, steps, [moments for _, moments in stepped])
 
-    def _scaled(self) -> bool:
-        """Whether a learning rate scales the updates, so that parameters probably get them."""
+    def _has_learning_rate(self) -> bool:
+        """Whether a link has a learning rate, which suggests that the updates will be applied."""
         return any("learning_rate" in link.rule.hyperparams for link in self.links)
 
     def _states(self, state: PyTree) -> list[State]:
@@ -211,7 +211,7 @@ class Chain:
         return [s.inner_state if m else s for s, m in zip(states, masked, strict=True)]
 
     def _moments(self, tree: Tree, states: Sequence[State]) -> list[tuple[tuple[Stored, ...], ...]]:
-        """Return for each leaf, for each link, its moments as they are stored."""
+        """Return the stored moments of each leaf, per link."""
         per_link = [
             zip(*(tree.moment(getattr(s, name)) for name in link.rule.moments), strict=True)
             if link.rule.moments
@@ -221,7 +221,7 @@ class Chain:
         return list(zip(*per_link, strict=True)) if per_link else [()] * len(tree.leaves)
 
     def _stages(self, tree: Tree) -> list[Stages]:
-        """Return for each leaf the rules that act on it."""
+        """Return the rules that act on each leaf."""
         stages = tuple((link.rule, link.options) for link in self.links)
         if all(link.mask is None for link in self.links):
             return [stages] * len(tree.leaves)
@@ -242,7 +242,7 @@ class Chain:
         steps: Sequence[_StepScalars],
         moments: Sequence[Sequence[tuple[Stored, ...]]],
     ) -> PyTree:
-        """Return the new state: moments written, steps counted, masks put back around."""
+        """Return the new state: new moments, incremented counts, and `MaskedState` if masked."""
         new = []
         for k, (link, state, step) in enumerate(zip(self.links, states, steps, strict=True)):
             written = {
@@ -263,7 +263,7 @@ class Chain:
         counts: tuple[jax.Array | int, ...],
         emit_params: bool,
     ) -> tuple[PyTree, Sequence[tuple[Stored, ...]]]:
-        """Check one leaf and run the rules on it; a leaf without a gradient stays as it is."""
+        """Check one leaf and run the rules on it; without a gradient, the leaf is unchanged."""
         u: PyTree = operands.update
         p: PyTree = operands.param
         stored = operands.moments
@@ -289,7 +289,7 @@ class Chain:
         seeds = None
         if random_param or _moments.needs_random_bits(stored):
             seeds = Seeds(_hash(key), p.seed if random_param else 0, counts)
-        ordered = seeds is not None and self._scaled() and xla.orders_writes()
+        ordered = seeds is not None and self._has_learning_rate() and xla.orders_writes()
         if random_param:
             p = p._replace(seed=None)
         elif not (readers or emit_params or ordered):
@@ -312,7 +312,7 @@ def _hash(key: Key) -> np.uint32:
 
 
 class Tree:
-    """The leaves of a tree of updates, with their paths; a None or a box of Flax is a leaf."""
+    """The leaves of an update tree, with their paths; None and Flax boxes are leaves."""
 
     def __init__(self, tree: PyTree):
         self.tree = tree
@@ -323,23 +323,23 @@ class Tree:
         self.keys = keys(path for path, _ in boxed)
 
     def like(self, what: str, tree: PyTree) -> list[PyTree]:
-        """Return the leaves of another tree in the same order; all None if there is no tree."""
+        """Return another tree's leaves in the order of these; all None if `tree` is None."""
         return [unbox(x) for x in self._boxes(what, tree)]
 
     def with_leaves(self, leaves: Sequence[PyTree], like: PyTree = None) -> PyTree:
-        """Return a tree of these leaves, in the boxes of another tree or of the updates."""
+        """Return a tree of these leaves, in the boxes of `like` or of the updates."""
         boxes = self._boxes("state", self.tree if like is None else like)
         return self.treedef.unflatten(map(rebox, boxes, leaves))
 
     def moment(self, moment: PyTree) -> list[Stored]:
-        """Return the leaves of a moment as they are stored."""
+        """Return the leaves of a moment, as stored."""
         if not isinstance(moment, Quantized):
             return self.like("state", moment)
         codes, scales = self.like("state", moment.codes), self.like("state", moment.scales)
         return list(map(_moments.stored_leaf, codes, scales))
 
     def with_moment(self, leaves: Sequence[Stored], moment: PyTree) -> PyTree:
-        """Return a moment with new leaves."""
+        """Return `moment` with new leaves."""
         if not isinstance(moment, Quantized):
             return self.with_leaves(leaves, moment)
         scales = self.like("state", moment.scales)
@@ -357,7 +357,7 @@ class Tree:
 
 
 class _StepScalars(NamedTuple):
-    """What a link computes with in this step, the same for every leaf."""
+    """The scalars of a link in one step, shared by all leaves."""
 
     t: PyTree
     operands: dict[str, Scalar]
@@ -365,16 +365,16 @@ class _StepScalars(NamedTuple):
 
     @classmethod
     def of(cls, link: Link, state: State) -> _StepScalars:
-        made = [getattr(state, name) for name in link.counts]
-        counts = {n: optax.safe_increment(c) for n, c in zip(link.counts, made, strict=True)}
-        operands = link.operands(made[0] if made else None)
+        before = [getattr(state, name) for name in link.counts]
+        counts = {n: optax.safe_increment(c) for n, c in zip(link.counts, before, strict=True)}
+        operands = link.operands(before[0] if before else None)
         return cls(next(iter(counts.values()), None), operands, counts)
 
 
 def _warn_if_nothing_is_quantized(name: str, link: Link, state: State, params: PyTree) -> None:
-    """Warn if a format was asked for by name, and no leaf is fit for it.
+    """Warn if `storage` names a quantized format that fits no leaf.
 
-    Under a mask, as in `groups`, the leaves of others are hidden, and those may be fit.
+    Under a mask, as in `groups`, don't warn: the format may fit a hidden leaf.
     """
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     masked = link.mask is not None or any(isinstance(x, optax.MaskedNode) for x in leaves)
@@ -386,15 +386,15 @@ def _warn_if_nothing_is_quantized(name: str, link: Link, state: State, params: P
     if stored and not any(map(_moments.is_quantized, stored)):
         warnings.warn(
             f"{name}: storage={_policy.describe_storage(link.storage)} must find a leaf to "
-            f"quantize, real, of at least {MIN_SIZE} elements and a last axis longer than 1, got "
-            f"none of {len(leaves)} leaves; leave storage out, or give a function that names the "
-            f"format, storage=lambda path, leaf: ...",
+            f"quantize (real, at least {MIN_SIZE} elements, last axis longer than 1), got none of "
+            f"{len(leaves)} leaves; omit storage, or pass a function that returns the format, "
+            f"storage=lambda path, leaf: ...",
             stacklevel=4,
         )
 
 
 def _flags(mask: Mask, updates: PyTree) -> list[bool]:
-    """Return one flag for each leaf from Optax's mask, a prefix tree or a function."""
+    """Return one bool per leaf from an Optax mask, which is a prefix tree or a function."""
     tree = mask(updates) if callable(mask) else mask
     flags: list[bool] = []
 

@@ -25,7 +25,7 @@ from adam_jax.storage._moments import BlockAbsmax, Stored
 from adam_jax.storage._random_bits import random_bits
 
 Stages: TypeAlias = tuple[tuple[Rule, tuple[tuple[str, Option], ...]] | None, ...]
-"""Rules with their options; None for a rule that a mask keeps off the leaf."""
+"""Rules with their options; None in place of a rule that a mask disables."""
 
 
 Layout: TypeAlias = PyTree
@@ -33,23 +33,23 @@ Layout: TypeAlias = PyTree
 
 
 class Seeds(NamedTuple):
-    """The seeds of the random bits of a leaf."""
+    """The seeds of a leaf's random bits."""
 
     leaf: np.uint32
-    """A hash of its path."""
+    """A hash of the leaf's path."""
     param: PyTree
-    """The seed of its parameter, if that is rounded stochastically."""
+    """The parameter's seed; 0 if it isn't rounded stochastically."""
     counts: tuple[jax.Array | int, ...]
-    """The step of each rule, for its moments."""
+    """The step count of each rule, for its moments."""
 
     def packed(self) -> jax.Array:
-        """Return one vector of uint32."""
+        """Return one uint32 vector."""
         numbers = (self.leaf, self.param, *self.counts)
         return jnp.stack([jnp.asarray(x).astype(jnp.uint32) for x in numbers])
 
 
 class Settings(NamedTuple):
-    """What the trace of a leaf's step depends on beside shapes and dtypes."""
+    """The static arguments of `run_leaf`."""
 
     stages: Stages
     layout: Layout
@@ -60,9 +60,9 @@ class Settings(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="settings")
 def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> Result:
-    """Step a leaf; one trace for each shape and dtype, whatever its path and the values.
+    """Step a leaf; the trace depends only on `settings`, shapes, and dtypes.
 
-    `operands.moments` has the moments of the rules that act on the leaf.
+    `operands.moments` has only the moments of rules that act on the leaf.
     """
     stages, layout, execute_leaf, emit_params, sharding = settings
     size = np.size(operands.update)
@@ -75,24 +75,24 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
 def target_platform() -> str:
     """Return the platform that the current program is traced for: "cpu", "gpu", "tpu", ….
 
-    An abstract device in the current mesh decides, so that a program can be lowered for a machine
-    that isn't there. Without one the answer is the platform of `jax.default_device`, else JAX's
-    default backend. All of these are part of the key of `jax.jit`'s cache.
+    An abstract device in the current mesh comes first, so that a program can be lowered for an
+    absent machine. Next come `jax.default_device` and JAX's default backend. All three are part of
+    `jax.jit`'s cache key.
 
-    The data may still be on another platform: an accelerator's host can run a program whose
-    arguments are on its CPU.
+    The data may still be on another platform: on an accelerator's host, arguments may be on the
+    CPU.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     device = device or jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     platform = device if isinstance(device, str) else device.platform
-    # Devices and backends say "gpu"; lowering, and some abstract devices, say which vendor's.
+    # Lowering and some abstract devices use the vendor's name for "gpu".
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 class LeafStep(NamedTuple):
-    """The step of a leaf of `size` elements, or of a part of it; see `Step`."""
+    """The `Step` of a leaf with `size` elements, or of a part of that leaf."""
 
     stages: Stages
     layout: Layout
@@ -137,7 +137,7 @@ class LeafStep(NamedTuple):
 
         if self.emit_params:
             if not isinstance(param, SplitParam):
-                u = u.astype(received.dtype).astype(dtype)  # as it would have been emitted
+                u = u.astype(received.dtype).astype(dtype)  # round like an emitted update
             bits = _draw(part, 1, seeds) if split_params.needs_random_bits(param) else None
             output = split_params.round_to_param(param, jnp.add(p, u), bits)
         else:
@@ -146,14 +146,14 @@ class LeafStep(NamedTuple):
 
 
 def pack(operands: PyTree) -> tuple[jax.Array, Layout]:
-    """Return all scalars of a step in one vector, with their layout: one operand, not ten."""
+    """Return a step's scalars packed into one vector (a single operand), and their layout."""
     scalars, layout = jax.tree.flatten(operands)
     dtype = jnp.result_type(float)
     return jnp.stack([jnp.asarray(x, dtype) for x in (*scalars, 0)]), layout
 
 
 def unpack(scalars: jax.Array, layout: Layout) -> PyTree:
-    """Return the scalars of `pack`."""
+    """Return the scalars packed by `pack`."""
     parts = jax.lax.split(scalars, (1,) * scalars.size)[: layout.num_leaves]
     return layout.unflatten([jax.lax.squeeze(x, (0,)) for x in parts])
 
@@ -165,7 +165,7 @@ def _mean(part: Part, x: jax.Array, *more: jax.Array) -> jax.Array | tuple[jax.A
 
 
 def _draw(part: Part, k: int, seeds: jax.Array | None, name: str = "") -> jax.Array | None:
-    """Return random bits for the parameter (k = 1), or for a moment of rule k - 2."""
+    """Return random bits for the parameter if k = 1, else for a moment of rule k - 2."""
     return None if seeds is None else random_bits(seeds[0], seeds[k], part.position(), name)
 
 
@@ -182,11 +182,11 @@ def _encode(
     block_absmax: BlockAbsmax | None,
     seeds: jax.Array | None,
 ) -> tuple[Stored, ...]:
-    """Return the new moments of one rule as the old ones are stored.
+    """Encode the new moments of one rule in the formats of its old moments.
 
     Only a gradient that isn't finite makes its block NaN. If the square of a finite gradient
     overflows, the largest finite number replaces Inf. A signed moment in the same blocks shows
-    whether the gradient is finite. Without one, the check costs three instructions per element.
+    whether the gradient is finite. Otherwise, the check costs three instructions per element.
     """
     encoded: dict[str, Stored] = {}
     for (name, moment), x, stored in zip(rule.moments.items(), new, old, strict=True):
@@ -217,7 +217,7 @@ def _decode(
     hyperparams: Mapping[str, jax.Array],
     dtype: jax.typing.DTypeLike,
 ) -> list[jax.Array]:
-    """Return the moments of one leaf; a quantized one is at least what its rule declares."""
+    """Decode the moments of one leaf; clamp quantized moments to their lower bounds."""
     real = jnp.finfo(dtype).dtype
     moments = [
         _moments.decode(x, dtype if moment.signed else real)
@@ -235,7 +235,7 @@ def _decode(
 def _apply(
     rule: Rule, u: jax.Array, moments: Sequence[jax.Array], **keywords: PyTree
 ) -> Sequence[jax.Array]:
-    """Return a rule's direction and its new moments."""
+    """Return a rule's direction and new moments."""
     out = rule.step(u, *moments, **keywords)
     if rule.moments:
         errors.returned(rule, out)
@@ -245,7 +245,7 @@ def _apply(
 
 
 def _promotion(dtype: jax.typing.DTypeLike) -> contextlib.AbstractContextManager[None]:
-    """Let real coefficients multiply complex moments, which strict promotion would not."""
+    """Let real coefficients multiply complex moments, which strict promotion forbids."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return jax.numpy_dtype_promotion("standard")
     return contextlib.nullcontext()

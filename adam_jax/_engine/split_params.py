@@ -1,8 +1,8 @@
-"""bfloat16 parameters that lose nothing: a rounded value, and the bits below it.
+"""float32 parameters split into a bfloat16 value and a residual.
 
-A bfloat16 number is the upper half of a float32. The lower half can be kept as a residual of 16
-bits (then both together are the float32) or of 8, or be rounded stochastically. The update is
-emitted as a float32 difference, because Optax's protocol has nothing else.
+A bfloat16 number is the upper half of a float32. A residual keeps the lower half in 16 bits, which
+is exact, or in 8. Without a residual, the value is rounded stochastically. Updates are emitted as
+float32 differences, because Optax's protocol can't return parameters.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from adam_jax._util.typing import PyTree
 
 
 class SplitParam(NamedTuple):
-    """A bfloat16 parameter that loses nothing in a step."""
+    """A bfloat16 parameter with a residual, a seed, or both."""
 
     value: jax.Array
     residual: jax.Array | None
-    """The lower bits of the float32: int16, or int8 for their upper half; None to round."""
+    """The float32's 16 lower bits as int16, or their upper half as int8; None if dropped."""
     seed: jax.Array | None
-    """A uint32 scalar that random bits depend on; None if nothing is rounded stochastically."""
+    """The uint32 seed of random bits; None if nothing is rounded stochastically."""
 
 
 def to_float32(params: PyTree) -> PyTree:
-    """Return parameters with split ones in float32, which has all their bits."""
+    """Cast split parameters to float32, which keeps all their bits."""
     if not any_split(params):
         return params
     return jax.tree.map(
@@ -53,22 +53,22 @@ def any_split(params: PyTree) -> bool:
 
 
 def is_split(x: PyTree) -> bool:
-    """Whether this is a split parameter."""
+    """Whether x is a split parameter."""
     return isinstance(x, SplitParam)
 
 
 def value(p: PyTree) -> PyTree:
-    """Return the parameter as the model has it."""
+    """Return the parameter that the model uses."""
     return p.value if isinstance(p, SplitParam) else p
 
 
 def needs_random_bits(p: PyTree) -> bool:
-    """Whether rounding to the parameter takes random bits."""
+    """Whether rounding to this parameter needs random bits."""
     return isinstance(p, SplitParam) and (p.residual is None or p.residual.dtype == jnp.int8)
 
 
 def to_arithmetic(p: PyTree, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return the parameter in the dtype of the arithmetic, with all its bits."""
+    """Return the parameter in `dtype`, with all its bits."""
     if not isinstance(p, SplitParam) or p.residual is None:
         return value(p).astype(dtype)
     low = p.residual.astype(jnp.int32) << _dropped_bits(p.residual.dtype)
@@ -76,12 +76,12 @@ def to_arithmetic(p: PyTree, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def round_to_param(p: PyTree, new: jax.Array, random: jax.Array | None) -> PyTree:
-    """Return the parameter with the value `new`, split as p is, from 32 random bits per element."""
+    """Round `new` to the format of p, to nearest or with 32 random bits per element."""
     if not isinstance(p, SplitParam):
         return new.astype(p.dtype)
     bits = _bits(jnp.where(jnp.abs(new) < TINY, 0, new))
     dropped = 16 if p.residual is None else _dropped_bits(p.residual.dtype)
-    if random is not None:  # up with a probability that makes the result right on average
+    if random is not None:  # round up with the probability that makes the mean exact
         below = (1 << dropped) - 1
         drawn = (random >> (32 - dropped)).astype(jnp.int32)  # the high bits are independent
         bits = jnp.where(jnp.isfinite(new), (bits + drawn) & ~below, bits)
@@ -95,7 +95,7 @@ def round_to_param(p: PyTree, new: jax.Array, random: jax.Array | None) -> PyTre
 
 
 def _residual(bits: jax.Array, rounded: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return the residual `bits - rounded`, clipped to int16, in a dtype."""
+    """Return the residual `bits - rounded`, clipped to int16, in `dtype`."""
     ends = jnp.iinfo(jnp.int16)
     same_side = (bits ^ _bits(rounded)) >= 0
     residual = jnp.where(same_side, bits - _bits(rounded), ends.min)
@@ -112,12 +112,12 @@ def residual_as(residual: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def _dropped_bits(dtype: jax.typing.DTypeLike) -> int:
-    """Return how many of the 16 bits below a parameter a residual drops."""
+    """Return how many of the 16 lower bits a residual drops."""
     return 16 - 8 * jnp.dtype(dtype).itemsize
 
 
 def _to_nearest_even(x: jax.Array) -> jax.Array:
-    """Return x rounded to bfloat16, without a pair of casts, which XLA may leave out."""
+    """Return x rounded to bfloat16, without a pair of casts, which XLA may remove."""
     bits = _bits(x)
     nearest = _float((bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF)
     return jnp.where(jnp.isfinite(x), nearest, x)

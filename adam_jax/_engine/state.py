@@ -1,4 +1,4 @@
-"""State as Optax lays it out, and what can be read from it wherever it sits in a chain."""
+"""Optax's state classes, and functions that read the state of any chain."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from adam_jax.storage import _moments
 from adam_jax.storage._moments import Stored
 
 State: TypeAlias = Any
-"""The NamedTuple that one transformation keeps."""
+"""The state of one transformation, a NamedTuple."""
 
 
 def _state_of(tx: optax.GradientTransformation) -> type[State]:
-    """Return the class of a state, for which Optax exports no name, without running anything."""
+    """Return the class of tx's state, which Optax doesn't export, without computing anything."""
     return type(jax.eval_shape(tx.init, ()))
 
 
@@ -42,7 +42,7 @@ OPTAX_STATES: dict[type[State], tuple[str, ...]] = {
     optax.contrib.ScaleByAdemamixState: ("m1", "m2", "nu"),
     optax.contrib.ScaleBySimplifiedAdEMAMixState: ("m", "n"),
 }
-"""The moments among the fields of Optax's states; the other fields are step counts."""
+"""The fields of Optax's states that are moments; all other fields are step counts."""
 
 _DEFAULTS: dict[tuple[str, ...], type[State]] = {
     ("mu",): optax.ScaleByLionState,
@@ -53,52 +53,52 @@ _DEFAULTS: dict[tuple[str, ...], type[State]] = {
 
 
 def state_class(moments: tuple[str, ...], counted: bool) -> type[State]:
-    """A NamedTuple with these moments and a step count: Optax's own where it has one.
+    """Return a NamedTuple class with these moments and a step count, Optax's if it has one.
 
-    Without moments there is a count only where the rule needs it.
+    Without moments, the state has a step count only if `counted`.
     """
     if not moments:
         return optax.ScaleByScheduleState if counted else optax.EmptyState
-    return _DEFAULTS.get(moments) or _made(moments)
+    return _DEFAULTS.get(moments) or _rule_state_class(moments)
 
 
 @functools.cache
-def _made(moments: tuple[str, ...]) -> type[State]:
+def _rule_state_class(moments: tuple[str, ...]) -> type[State]:
     fields = [(name, PyTree) for name in ("count", *moments)]
     made: PyTree = NamedTuple("ScaleByRuleState", fields)
-    # pickle finds a class by its module and name, which a class made here does not have
+    # pickle finds a class by its module and name, but this class isn't a module attribute
     made.__reduce__ = lambda self: (_remake, (moments, *self))
-    made._moments = moments  # no field's name begins with _
+    made._moments = moments  # a field name can't begin with _
     return made
 
 
 def _remake(moments: tuple[str, ...], *fields: PyTree) -> PyTree:
-    return _made(moments)(*fields)
+    return _rule_state_class(moments)(*fields)
 
 
 def moment_fields(state: PyTree) -> tuple[str, ...]:
-    """The names of the moments in one transformation's state; empty where it has none."""
+    """Return the names of the moments in one transformation's state."""
     return getattr(type(state), "_moments", OPTAX_STATES.get(type(state), ()))
 
 
 def count_fields(state: type[State], moments: Iterable[str]) -> tuple[str, ...]:
-    """The fields of a state class that count steps: all that are no moments."""
+    """Return the fields of a state class that count steps: all except moments."""
     return tuple(f for f in state._fields if f not in moments)
 
 
 def moments(state: PyTree) -> dict[str, PyTree]:
-    """The moments in an optimizer's state as float32 trees, whatever they are stored in.
+    """Return the moments in an optimizer's state as float32 trees, whatever their storage.
 
     Args:
-      state: the state of an optimizer or of a chain around one, Optax's or ours; also
+      state: the state of an adam_jax or Optax optimizer, or of a chain with one; also
         `nnx.Optimizer.opt_state`.
 
     Returns:
-      {"mu": tree, "nu": tree} or whatever the variant carries, each with the parameters' structure
-      and shapes, in float32 (float64 and complex leaves keep their dtype).
+      a dict such as {"mu": tree, "nu": tree}. Each tree has the parameters' structure and shapes,
+      in float32 (float64 and complex leaves keep their dtype).
 
     Raises:
-      ValueError: the state holds no moments, or several of one name (at the paths shown).
+      ValueError: the state has no moments, or several of one name (with the paths shown).
 
     >>> import adam_jax, jax.numpy as jnp
     >>> tx = adam_jax.adamw(1e-3)
@@ -117,43 +117,44 @@ def moments(state: PyTree) -> dict[str, PyTree]:
     several = [at for paths in places.values() if len(paths) > 1 for at in paths]
     if several or not found:
         raise ValueError(
-            f"moments: the state holds {'no moments' if not found else 'several of a name'}"
+            f"moments: the state must have one moment of each name, got "
+            f"{'no moments' if not found else 'several'}"
             f"{' (' + ', '.join(several) + ')' if several else ''}; "
-            f"pass the state of an optimizer that has some, or of one, e.g. state[0]"
+            f"pass the state of one optimizer with moments, e.g. state[0]"
         )
     return {name: _read(moment) for name, moment in found.items()}
 
 
 def step_count(state: PyTree) -> jax.Array:
-    """The number of steps that an optimizer has made, from the state of any chain around it.
+    """Return the number of steps that an optimizer has made, from its state or a chain's.
 
     Args:
       state: a state with a step count anywhere inside; also `nnx.Optimizer.opt_state`.
 
     Returns:
-      an int32 scalar: the count beside the moments, or a schedule's where the moments have none.
+      an int32 scalar: the count next to the moments or, without one, a schedule's count.
 
     Raises:
-      ValueError: nothing in the state counts steps.
+      ValueError: the state has no step count.
 
     >>> import adam_jax, jax.numpy as jnp
     >>> int(adam_jax.step_count(adam_jax.adam(1e-3).init({"w": jnp.ones(2)})))
     0
     """
     states = [s for _, s in named_tuples(state)]
-    beside = [s for s in states if moment_fields(s)]
-    for s in (*beside, *states):
+    with_moments = [s for s in states if moment_fields(s)]
+    for s in (*with_moments, *states):
         counts = [f for f in getattr(s, "_fields", ()) if f in ("count", "t", "step_count")]
         if counts:
-            return jax.tree.leaves(getattr(s, counts[0]))[0]  # nnx keeps it in a Variable
+            return jax.tree.leaves(getattr(s, counts[0]))[0]  # NNX puts it in a Variable
     raise ValueError(
-        "step_count: nothing in this state counts steps (plain sgd does not); "
-        "count them in the training loop, or use optax.inject_hyperparams"
+        "step_count: the state must have a step count, got none (plain sgd has none); "
+        "count in the training loop, or use optax.inject_hyperparams"
     )
 
 
 def named_tuples(state: PyTree) -> list[tuple[KeyPath, State]]:
-    """The NamedTuples in a state with their paths, outermost first; none from inside moments."""
+    """Return a state's NamedTuples and their paths, outermost first, except those in moments."""
     found = []
 
     def visit(path: KeyPath, node: PyTree) -> bool:
@@ -166,14 +167,14 @@ def named_tuples(state: PyTree) -> list[tuple[KeyPath, State]]:
 
 
 def stored_moments(state: PyTree) -> Iterator[tuple[str, PyTree]]:
-    """The name of every moment in a state with what is stored of it."""
+    """Yield the name and the stored tree of every moment in a state."""
     for _, s in named_tuples(state):
         for name in moment_fields(s):
             yield name, getattr(s, name)
 
 
 def _read(moment: PyTree) -> PyTree:
-    """A moment's tree as it is computed with."""
+    """Decode a moment to a tree of arrays."""
 
     def read(stored: Stored) -> jax.Array:
         return _moments.decode(stored, arithmetic_dtype(*_moments.dtypes(stored)))

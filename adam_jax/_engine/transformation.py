@@ -1,4 +1,4 @@
-"""Optax transformations that can be looked into: what our constructors return."""
+"""Optax transformations that record their parts; our constructors return them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from adam_jax._util.typing import PyTree
 UpdateFunction: TypeAlias = Callable[..., tuple[PyTree, PyTree]]
 
 Source: TypeAlias = Any
-"""What a transformation is made of: a Chain, or a tuple or a mapping of transformations."""
+"""The parts of a transformation: a Chain, or a tuple or mapping of transformations."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Update:
-    """The `update` function of one of our transformations, with what wrappers need to know of it.
+    """The `update` function of one of our transformations, with attributes for wrappers.
 
-    This is kept here because the NamedTuple around it can't keep it: `tx._replace(init=...)` and
-    Optax's wrappers build a new tuple from `tx.init` and `tx.update`.
+    The attributes are here because the transformation would lose them: `tx._replace(init=...)` and
+    Optax's wrappers build a new NamedTuple from `tx.init` and `tx.update`.
     """
 
     function: UpdateFunction
-    """(updates, state, params, **extra), or what `emits_params` says."""
+    """Takes (updates, state, params, **extra), unless `emits_params`."""
 
     source: Source = None
 
@@ -35,12 +35,12 @@ class Update:
     emits_params: bool = False
     """Whether `function` takes (updates, state, params, extra, emit_params).
 
-    It then returns new parameters in place of updates if `emit_params`, and takes `SplitParam`
-    parameters. This is an argument of its own, not one of `extra`, which belong to the user.
+    With `emit_params`, it returns new parameters in place of updates. It accepts `SplitParam`
+    parameters. `emit_params` isn't in `extra`, because `extra` belongs to the user.
     """
 
     exact: bool = False
-    """Whether its updates are exact, so that nothing may change them."""
+    """Whether its updates are exact and must not be changed."""
 
     def __call__(
         self,
@@ -61,7 +61,7 @@ class Update:
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation whose `update` says what it is made of."""
+    """An Optax transformation whose `update` is an `Update`."""
 
     def __repr__(self) -> str:
         return getattr(self.update, "text", "") or super().__repr__()
@@ -86,35 +86,35 @@ def with_repr(tx: Transformation, text: str) -> Transformation:
 
 
 def update_of(tx: PyTree) -> Update:
-    """Return the `update` of one of our transformations, which has more than Optax's."""
+    """Return `tx.update`, typed as an `Update`, for one of our transformations."""
     return tx.update
 
 
 def source_of(tx: PyTree) -> Source:
-    """Return what a transformation was made of; None for one of Optax's."""
+    """Return the source of a transformation; None for one of Optax's."""
     return getattr(getattr(tx, "update", None), "source", None)
 
 
 def emits_params(tx: optax.GradientTransformation) -> bool:
-    """Whether a transformation, ours or another, can apply its update to the parameters."""
+    """Whether a transformation can return new parameters in place of updates."""
     return getattr(tx.update, "emits_params", False)
 
 
 def is_exact(tx: optax.GradientTransformation) -> bool:
-    """Whether nothing may change the updates of a transformation, because they are exact."""
+    """Whether a transformation's updates are exact and must not be changed."""
     return getattr(getattr(tx, "update", None), "exact", False)
 
 
 def describe(tx: optax.GradientTransformation) -> str:
-    """Return a transformation as a repr shows it: one of Optax's by what made it."""
+    """Return the repr of one of our transformations, or the name of Optax's constructor."""
     if isinstance(tx, Transformation):
         return repr(tx)
-    made_by = getattr(tx.update, "__qualname__", "?")  # clip.<locals>.update_fn, as Optax has it
+    made_by = getattr(tx.update, "__qualname__", "?")  # in Optax: clip.<locals>.update_fn
     return made_by.split(".")[0]
 
 
 def links_of(tx: optax.GradientTransformation, label: str = "") -> Iterator[tuple[str, PyTree]]:
-    """Yield the engine's links inside a transformation, with the label of their parameter group."""
+    """Yield (label of the parameter group, link) for each link in a transformation."""
     source = source_of(tx)
     if isinstance(source, Mapping):
         for name, inner in source.items():

@@ -1,1 +1,1 @@
-"""What every other package builds on: numerics, declarations, errors, paths, partition specs."""
+"""Shared utilities: numerics, declarations, errors, paths, and partition specs."""

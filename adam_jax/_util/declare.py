@@ -1,4 +1,4 @@
-"""How a rule is declared: the moments it carries, their sign, and where they start."""
+"""The declaration of a rule: its moments, with their signs and initial values."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import jax
 from adam_jax._util.typing import PyTree
 
 INPUTS = ("t", "g", "p", "mean", "size")
-"""The keywords that the engine passes to a rule beside its hyperparameters."""
+"""The keywords that the engine passes to a rule besides its hyperparameters."""
 
 Option: TypeAlias = bool | str | Callable[..., Any]
 """An argument of a rule that is fixed when the optimizer is made."""
 
 
 class Moment(NamedTuple):
-    """What storage must know about a moment."""
+    """The declared properties of a moment."""
 
     signed: bool
     start: float | str = 0.0
     average: bool = True
-    """Whether it is an average. Stochastic rounding is unbiased for averages; a maximum keeps what
-    was rounded up by chance."""
+    """Whether it is an average. Stochastic rounding would bias a maximum, which keeps every value
+    that was rounded up."""
     bound: Callable[..., Any] | None = None
-    """The least that its exact value can be, from moments and hyperparameters by name."""
+    """A function that returns a lower bound; see `at_least`."""
 
     def starting_at(self, start: float | str) -> Moment:
-        """The same moment, starting at a number or at the hyperparameter of that name."""
+        """Return the moment, starting at a number or at the named hyperparameter."""
         return self._replace(start=start)
 
     def at_least(self, bound: Callable[..., Any]) -> Moment:
-        """Return the same moment, read from quantized storage as at least `bound(…)`.
+        """Return the moment, clamped to at least `bound(…)` when read from quantized storage.
 
-        `bound` is given moments and hyperparameters of the rule by the names of its arguments. It
-        must hold for the exact moments: quantized ones may break it, which makes a step larger than
-        any that the exact rule takes.
+        The arguments of `bound` are named after moments and hyperparameters of the rule. The bound
+        must hold for exact moments. Quantization may break it, which makes steps larger than any
+        step of the exact rule.
         """
         return self._replace(bound=bound)
 
@@ -50,12 +50,12 @@ positive: Moment = Moment(signed=False)
 """A moment that is never negative, such as an average of squared gradients."""
 
 running_max: Moment = Moment(signed=False, average=False)
-"""A largest value so far, which is never negative. Quantized storage rounds it down."""
+"""A running maximum, which is never negative. Quantized storage rounds it down."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
-    """A formula for one array with the declaration of its moments. Made by `rule`."""
+    """A formula for one array, with its declared moments; made by `rule`."""
 
     step: Callable[..., Any]
     moments: Mapping[str, Moment]
@@ -70,7 +70,7 @@ class Rule:
     def bounds(
         self, moments: Sequence[jax.Array], hyperparams: Mapping[str, PyTree]
     ) -> list[jax.Array | None]:
-        """Return the least that each moment can be, given all of them; None without a bound."""
+        """Return the lower bound of each moment, given all moments; None without a bound."""
         known = {**hyperparams, **dict(zip(self.moments, moments, strict=True))}
         return [
             m.bound(**{k: known[k] for k in _arguments(m.bound)}) if m.bound else None
@@ -82,7 +82,7 @@ class Rule:
         return self.step.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The formula itself, on arrays."""
+        """Apply the formula to arrays."""
         return self.step(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -90,31 +90,32 @@ class Rule:
 
 
 def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
-    """Declare a variant of Adam: a function of one array, with the moments that it keeps.
+    """Declare a variant of Adam: a function of one array, and its moments.
 
-    The decorated function takes the gradient, then its moments in the declared order, then by
-    keyword any of these:
+    The decorated function takes the gradient, its moments in the declared order, and any of these
+    keyword arguments:
 
     - `t`, the step, counted from 1;
     - `p`, the parameter;
     - `g`, the gradient, for a rule whose first argument is another rule's direction;
-    - `mean`: mean(x) is the mean of x over the whole leaf, and mean(x, y) are two means in one
-      pass. An array that a rule is given may be a part of the leaf, so `jnp.mean` isn't;
-    - `size`, how many elements the leaf has;
-    - its hyperparameters. One named b1, b2, … is a decay rate, checked to be in [0, 1); eps must be
-      ≥ 0. One whose default is a bool, a string, or a function is an option, fixed when the
-      optimizer is made.
+    - `mean`: mean(x) is the mean of x over the whole leaf, and mean(x, y) computes two means in
+      one pass. Don't use `jnp.mean`: the arrays may be only a part of the leaf;
+    - `size`, the number of elements in the leaf;
+    - hyperparameters. Names such as b1 and b2 declare decay rates in [0, 1); eps must be ≥ 0. A
+      default that is a bool, a string, or a function declares an option, fixed when the optimizer
+      is made.
 
-    It returns the direction (what the learning rate multiplies and the parameter loses) and the new
-    moments. Everything is float32 (float64 for float64 leaves) and has the leaf's shape.
+    It returns the direction, which is multiplied by the learning rate and then subtracted from the
+    parameter, and the new moments. Arrays are float32 (float64 for float64 leaves) and have the
+    leaf's shape.
 
     Args:
-      **moments: `signed`, `positive`, or `running_max`, by name, which become the fields of the
-        optimizer's state. `.starting_at(…)` gives a start other than 0, and `.at_least(…)` a bound
-        that quantized storage keeps.
+      **moments: `signed`, `positive`, or `running_max`, each by the name of a field in the
+        optimizer's state. `.starting_at(…)` sets a start other than 0, and `.at_least(…)` sets a
+        lower bound for quantized storage.
 
     Raises:
-      TypeError: the function's arguments are not the gradient and the declared moments in order.
+      TypeError: the function's arguments aren't the gradient and the declared moments in order.
 
     >>> import adam_jax
     >>> @adam_jax.rule(nu=adam_jax.positive)
@@ -123,11 +124,10 @@ def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
     ...     return g / (adam_jax.debias(nu, b2, t) ** 0.5 + eps), nu
     >>> tx = adam_jax.from_rule(rms_direction, 1e-3, b2=0.95, weight_decay=0.1)
     """
-
     if bare:
         raise TypeError(
-            "rule: declare the moments, e.g. @adam_jax.rule(mu=adam_jax.signed), or write "
-            "@adam_jax.rule() for a rule without any"
+            "rule: the moments must be declared, got none; write "
+            "@adam_jax.rule(mu=adam_jax.signed), or @adam_jax.rule() without moments"
         )
 
     def declare(step: Callable[..., Any]) -> Rule:
@@ -137,8 +137,8 @@ def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
         for name, moment in moments.items():
             if not isinstance(moment, Moment) or name == "count" or name.startswith("_"):
                 raise TypeError(
-                    f"rule {step.__name__}: {name}={moment!r} is no moment; declare it as signed "
-                    f"or positive, by a name other than count (which the state has) or _name"
+                    f"rule {step.__name__}: {name} must be a moment, got {moment!r}; declare it as "
+                    f"signed or positive, with a name other than count or _name"
                 )
         if positional[1:] != list(moments):
             raise TypeError(

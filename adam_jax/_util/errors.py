@@ -1,4 +1,7 @@
-"""What may be given, and the wording of errors: who, what, the value, what is allowed, the fix."""
+"""Checks of arguments, leaves, and states, and the errors that they raise.
+
+A message reads `<function>: <argument or leaf> must be <allowed>, got <value>; <what to do>`.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ _function: contextvars.ContextVar[str] = contextvars.ContextVar("function", defa
 
 @contextlib.contextmanager
 def error_context(name: str) -> Generator[None, None, None]:
-    """Begin the messages of errors with this name, unless a caller has set its own.
+    """Start error messages with this function name; the outermost name wins.
 
-    It works as a decorator and in a `with` statement.
+    Works as a decorator and in a `with` statement.
     """
     token = _function.set(name) if _function.get() == "adam_jax" else None
     try:
@@ -42,12 +45,12 @@ def error_context(name: str) -> Generator[None, None, None]:
 
 
 def value_error(message: str) -> ValueError:
-    """Return a ValueError whose message begins with the function that the user called."""
+    """Return a ValueError that starts with the name of the function that the user called."""
     return ValueError(f"{_function.get()}: {message}")
 
 
 def type_error(message: str) -> TypeError:
-    """Return a TypeError whose message begins with the function that the user called."""
+    """Return a TypeError that starts with the name of the function that the user called."""
     return TypeError(f"{_function.get()}: {message}")
 
 
@@ -65,17 +68,17 @@ _RANGES = {
 
 
 def is_decay_rate(name: str) -> bool:
-    """Whether a hyperparameter is a decay rate, by the convention of its name."""
+    """Whether a hyperparameter is a decay rate, judged by its name."""
     return DECAY_RATE.fullmatch(name) is not None
 
 
 def range_of(name: str) -> Range | None:
-    """Return the range of a rule's hyperparameter, by the convention of its name."""
+    """Return the range of a rule's hyperparameter, judged by its name; None if it has none."""
     return _RANGES.get(name, UNIT if is_decay_rate(name) else None)
 
 
 def in_range(name: str, value: Any, allowed: Range | None) -> None:
-    """Check a number; arrays, tracers, and schedules can't be looked at."""
+    """Check the range of a Python or NumPy number; other values pass unchecked."""
     if allowed and isinstance(value, (bool, np.bool_)):
         raise type_error(f"{name} must be a number {allowed.text}, got {value}; pass a float")
     if allowed and isinstance(value, NUMBERS) and not allowed.low <= value < allowed.high:
@@ -92,7 +95,7 @@ def hyperparam(name: str, value: Any) -> None:
     if _is_schedule(value):
         schedule(name, value)
     elif not _is_real_array(value):
-        raise type_error(f"{name} must be a number, a scalar array or a schedule, got {value!r}")
+        raise type_error(f"{name} must be a number, a scalar array, or a schedule, got {value!r}")
     elif value.ndim != 0:
         raise value_error(
             f"{name} must be a scalar, got an array of shape {value.shape}; "
@@ -101,18 +104,18 @@ def hyperparam(name: str, value: Any) -> None:
 
 
 def schedule(name: str, value: Any) -> None:
-    """A schedule must take one argument, the step count."""
+    """Check that a schedule takes one argument, the step count."""
     if not _takes(value, 1):
         raise type_error(
-            f"{name} must be a number, a scalar array or a schedule, which is a function "
-            f"of the step count, got {_shown(value)}, which cannot be called with one argument; "
+            f"{name} must be a number, a scalar array, or a schedule, which is a function of the "
+            f"step count, got {_shown(value)}, which cannot be called with one argument; "
             f"write lambda count: ..., or call the function that makes the schedule, e.g. "
             f"optax.cosine_decay_schedule(1e-3, 10_000)"
         )
 
 
 def scheduled(name: str, value: Any) -> None:
-    """What a schedule returned must be a scalar."""
+    """Check that a schedule returned a scalar."""
     if isinstance(value, NUMBERS) or (_is_real_array(value) and value.ndim == 0):
         return
     got = f"an array of shape {value.shape}" if _is_real_array(value) else repr(value)
@@ -125,7 +128,7 @@ def scheduled(name: str, value: Any) -> None:
 
 
 def storage_function(function: Any) -> None:
-    """A function given for `storage` must take a path and a leaf."""
+    """Check that a function given as `storage` takes two arguments, a path and a leaf."""
     if not _takes(function, 2):
         raise type_error(
             f"storage must be a format or a function of two arguments, (path, leaf), got "
@@ -134,7 +137,7 @@ def storage_function(function: Any) -> None:
 
 
 def no_schedule(caller: str, function: Any) -> PyTree:
-    """Return the storage function, which raises our error if it is called like a schedule."""
+    """Wrap a storage function: if called like a schedule, it raises our error."""
 
     @functools.wraps(function)
     def checked(*args: PyTree) -> PyTree:
@@ -150,10 +153,10 @@ def no_schedule(caller: str, function: Any) -> PyTree:
 
 
 def _takes(function: Any, number: int) -> bool:
-    """Whether a function takes so many positional arguments; True if it can't be known."""
+    """Whether a function takes this many positional arguments; True if unknown."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of some built-in functions
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return True
     try:
         signature.bind(*[None] * number)
@@ -163,7 +166,7 @@ def _takes(function: Any, number: int) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for an error: its repr if that is short, else its name or its type."""
+    """Return a short text for a value: its repr, its name, or its type."""
     if value is None or isinstance(value, (*NUMBERS, str)):
         return repr(value)
     if callable(value) and hasattr(value, "__name__"):
@@ -173,34 +176,34 @@ def _shown(value: Any) -> str:
 
 
 def name_of(function: Any) -> str:
-    """Return the name of a function, or of its type if it has none (functools.partial)."""
+    """Return a function's name, or its type's name if it has none (functools.partial)."""
     return getattr(function, "__name__", type(function).__name__)
 
 
 def is_transformation(value: Any) -> bool:
-    """Whether a value has the functions of an Optax transformation, of whatever class it is."""
+    """Whether a value has `init` and `update`, like an Optax transformation of any class."""
     return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
 
 
 def transformation(name: str, value: Any, usage: str) -> None:
-    """What a wrapper goes around must be a transformation. `usage` is the right call."""
+    """Check that a wrapper was given a transformation; `usage` is the correct call."""
     if is_transformation(value):
         return
     got, fix = _shown(value), f"call {usage}"
     if isinstance(value, (list, tuple)) and any(map(is_transformation, value)):
         fix = "pass its elements as separate arguments, e.g. adam_jax.chain(clip, adamw)"
-    elif hasattr(value, "__name__"):  # a model may be callable, too
+    elif hasattr(value, "__name__"):  # not every callable: a model may be one, too
         fix = f"call it first, e.g. {name_of(value)}(1e-3)"
     raise type_error(f"{name} must be an Optax transformation, got {got}; {fix}")
 
 
 def maker(value: Any, usage: str) -> None:
-    """A constructor must be given as the function that it is, not called."""
+    """Check that a constructor was given, not the transformation that it returns."""
     if not callable(value):
         got = "a transformation" if is_transformation(value) else _shown(value)
         raise type_error(
             f"constructor must be a function that makes a transformation, got {got}; "
-            f"pass the function and its arguments apart, {usage}"
+            f"pass the function and its arguments separately, {usage}"
         )
 
 
@@ -211,7 +214,7 @@ def mapping(name: str, value: Any, usage: str) -> None:
 
 
 def torch_state(value: Any) -> None:
-    """A PyTorch optimizer's state dict has these two keys; a model's has not."""
+    """Check for the two keys of a PyTorch optimizer's state dict, which a model's lacks."""
     if not (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()):
         raise type_error(
             f"state_dict must be a mapping with 'state' and 'param_groups', got "
@@ -238,7 +241,7 @@ def _is_real_array(value: Any) -> bool:
 def arguments(
     signature: inspect.Signature, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]
 ) -> inspect.BoundArguments:
-    """The arguments of a call by their names."""
+    """Bind the arguments of a call to their names."""
     try:
         return signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -248,8 +251,8 @@ def arguments(
 def a_rule(caller: str, rule: Any, kind: type) -> None:
     if not isinstance(rule, kind):
         raise TypeError(
-            f"{caller}: needs a rule, got {rule!r}; declare one with @adam_jax.rule, or take one "
-            f"of adam_jax.rules"
+            f"{caller}: rule must be a declared rule, got {rule!r}; declare one with "
+            f"@adam_jax.rule, or use one from adam_jax.rules"
         )
 
 
@@ -264,21 +267,21 @@ def known_hyperparams(given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             raise type_error(
-                f"there is no hyperparameter {name!r}; it has {', '.join(known) or 'none'}"
+                f"unknown hyperparameter {name!r}; the known ones are {', '.join(known) or 'none'}"
             )
 
 
 def leaf(what: str, path: KeyPath, x: PyTree) -> None:
-    """A parameter or gradient must be a floating-point or complex array, or a Python number."""
+    """Check that a leaf is a floating-point or complex array, or a Python number."""
     dtype = getattr(x, "dtype", None)
     if isinstance(x, (int, float, complex)) and not isinstance(x, bool):
         return
     if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
         return
-    kind = "a PRNG key" if _is_key(dtype) else f"of type {dtype or type(x).__name__}"
+    kind = "a PRNG key" if _is_key(dtype) else f"type {dtype or type(x).__name__}"
     raise type_error(
-        f"{_at(what, path)} is {kind}, which has no gradient to follow; keep it "
-        f"out of the optimizer, e.g. with optax.masked or optax.partition, or make it a float"
+        f"{_at(what, path)} must be floating point or complex, got {kind}; keep it out of the "
+        f"optimizer, e.g. with optax.masked or optax.partition, or make it a float"
     )
 
 
@@ -287,53 +290,53 @@ def _is_key(dtype: PyTree) -> bool:
 
 
 def _at(what: str, path: KeyPath) -> str:
-    """'the gradient of' with the leaf's path, which a tree of one leaf has not."""
+    """Return e.g. "the gradient of 'l1/kernel'"; a tree of one leaf has no path to name."""
     return f"{what} {path_string(path)!r}" if path else what.removesuffix(" of")
 
 
 def _equal_shapes(path: KeyPath, gradient: PyTree, what: str, other: PyTree) -> None:
     if not isinstance(other, (*NUMBERS, complex)) and not hasattr(other, "shape"):
         raise value_error(
-            f"{_at('the gradient of', path)} is one array, its {what} is a "
+            f"{_at('the gradient of', path)} is one array, but its {what} is a "
             f"{type(other).__name__}; pass the tree that init was given"
         )
     if np.shape(gradient) != np.shape(other):
         raise value_error(
-            f"{_at('the gradient of', path)} has shape {np.shape(gradient)}, its "
-            f"{what} {np.shape(other)}; they must be equal (nothing is broadcast)"
+            f"{_at('the gradient of', path)} must have the shape of its {what}, {np.shape(other)}, "
+            f"got {np.shape(gradient)}; nothing is broadcast"
         )
 
 
 def moment(path: KeyPath, gradient: PyTree, name: str, declared: Moment, stored: PyTree) -> None:
-    """A stored moment must fit the gradient of its leaf."""
+    """Check that a stored moment fits the gradient of its leaf."""
     if stored is None:
         raise value_error(
-            f"{_at('the parameter', path)} has a gradient but no {name} in the state; "
-            f"it was None when init was called: make the state anew"
+            f"{_at('the parameter', path)} has a gradient but no {name} in the state: "
+            f"it was None when init was called; call init again"
         )
     _equal_shapes(path, gradient, name, stored)
     if declared.signed and jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(stored):
         raise value_error(
-            f"{_at(f'{name} of the complex leaf', path)} is stored as {stored.dtype} "
-            f"and would lose its imaginary part; choose a complex dtype, or none"
+            f"{_at(f'{name} of the complex leaf', path)} must have a complex dtype, got "
+            f"{stored.dtype}, which drops the imaginary part; leave its dtype out"
         )
 
 
 def scales(path: KeyPath, name: str, codes: PyTree, scales: PyTree, block: int) -> None:
-    """The scales of a coded moment must be those of its format's blocks."""
+    """Check that a quantized moment has one scale per block of its format."""
     wanted = (*codes.shape[:-1], -(-codes.shape[-1] // block))
     if scales.shape != wanted:
         raise value_error(
-            f"{_at(f'{name} of', path)} has codes of shape {codes.shape} and scales of "
-            f"shape {scales.shape}; blocks of {block} need {wanted}: the state was coded with "
-            f"another block size; make it anew, or restore it with the version that wrote it"
+            f"{_at(f'{name} of', path)} must have scales of shape {wanted} for codes of shape "
+            f"{codes.shape} in blocks of {block}, got {scales.shape}: the state was written with "
+            f"another block size; call init again, or restore it with the version that wrote it"
         )
 
 
 def parameter(
     path: KeyPath, gradient: PyTree, p: PyTree, rules: Sequence[Rule], applied: bool
 ) -> None:
-    """Parameters have the gradients' shapes; rules that use them and applied updates need them."""
+    """Check that a parameter has its gradient's shape, and is given if it is needed."""
     if p is None and not rules and not applied:
         return
     if p is None:
@@ -341,25 +344,25 @@ def parameter(
         if rules and "weight_decay" in rules[0].hyperparams:
             needy = "weight_decay"
         raise value_error(
-            f"{needy} needs the parameters, and {_at('the gradient of', path)} came "
-            f"without one; call update(gradients, state, params)"
+            f"{needy} needs the parameters, and {_at('the gradient of', path)} has none; "
+            f"call update(gradients, state, params)"
         )
     _equal_shapes(path, gradient, "parameter", p)
 
 
 def returned(rule: Rule, out: PyTree) -> None:
-    """A rule with moments must return a tuple of its direction and them."""
+    """Check that a rule returned a tuple: its direction, then its moments."""
     wanted = ("direction", *rule.moments)
     if not isinstance(out, tuple) or len(out) != len(wanted):
         got = "one array" if hasattr(out, "dtype") else f"a {type(out).__name__}"
         got = f"{len(out)} values" if isinstance(out, tuple) else got
         raise ValueError(
-            f"rule {rule.name}: must return the tuple ({', '.join(wanted)}), returned {got}"
+            f"rule {rule.name}: must return the tuple ({', '.join(wanted)}), got {got}"
         )
 
 
 def outputs(rule: Rule, u: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]) -> None:
-    """A rule must return a direction and its moments, shaped and typed as they came."""
+    """Check that a rule preserved the shape and dtype of its direction and moments."""
     named = zip(("direction", *rule.moments), (u, *old), new, strict=True)
     for name, before, after in named:
         want = f"shape {before.shape} and dtype {before.dtype}"
@@ -373,7 +376,7 @@ def outputs(rule: Rule, u: jax.Array, old: Sequence[jax.Array], new: Sequence[ja
 
 
 def structure(what: str, gradients: PyTree, tree: PyTree) -> ValueError:
-    """The error for gradients whose structure is not that of the parameters or the state."""
+    """Return the error for gradients whose tree structure differs from that of `what`."""
     ours, theirs = (_paths(t) for t in (gradients, tree))
     missing, extra = sorted(theirs - ours), sorted(ours - theirs)
     found = [
@@ -394,7 +397,7 @@ def _paths(tree: PyTree) -> set[str]:
 
 
 def states(state: PyTree, expected: Sequence[type], masked: Sequence[bool], bare: bool) -> None:
-    """A state must be what this optimizer's init makes, at least in its outline."""
+    """Check that a state has the types and fields that this optimizer's init returns."""
     got = [state] if bare else state
     if isinstance(got, (tuple, list)) and len(got) == len(expected):
         inner = [
@@ -408,8 +411,8 @@ def states(state: PyTree, expected: Sequence[type], masked: Sequence[bool], bare
         for e, m in zip(expected, masked, strict=True)
     )
     raise value_error(
-        f"this state is not of its making: got {_outline(state)}, init makes "
-        f"{made if bare else f'({made})'}; use the state of the same optimizer, or make a new one"
+        f"the state must be {made if bare else f'({made})'}, as init returns it, got "
+        f"{_outline(state)}; pass the state of this optimizer, or call init again"
     )
 
 
@@ -422,42 +425,44 @@ def _outline(state: PyTree) -> str:
 
 
 def mask(given: PyTree, gradients: PyTree, *, no_tree: bool = False) -> Exception:
-    """Return the error for a mask that isn't a tree of bools, or not a prefix of the gradients."""
+    """Return the error for a mask that isn't a tree of bools or a prefix of the gradients."""
     error = type_error if no_tree else value_error
     return error(
-        f"the mask of weight_decay, {given!r}, must be a tree of bools with the "
-        f"gradients' structure or a prefix of it, or a function that returns one, such as "
-        f"adam_jax.not_matching('bias'); the gradients have {jax.tree.structure(gradients)}"
+        f"the mask of weight_decay must be a tree of bools with the gradients' structure "
+        f"{jax.tree.structure(gradients)}, a prefix of it, or a function that returns one, got "
+        f"{given!r}; use e.g. adam_jax.not_matching('bias')"
     )
 
 
 def no_step_count(name: str, state: type) -> None:
     raise value_error(
         f"{name} cannot be a schedule, because {state.__name__} has no step count; "
-        f"wrap the constructor in optax.inject_hyperparams"
+        f"give a number, or wrap the constructor in optax.inject_hyperparams"
     )
 
 
 def one_mask(mask: PyTree, weight_decay_mask: PyTree) -> PyTree:
     if mask is not None and weight_decay_mask is not None:
-        raise value_error("mask and weight_decay_mask are one argument; give one of them")
+        raise value_error(
+            "mask and weight_decay_mask are two names of one argument; give one of them"
+        )
     return weight_decay_mask if mask is None else mask
 
 
 def only_eps(eps_root: PyTree, nesterov: bool) -> None:
-    # an array may be the 0 that inject_hyperparams made of the default
+    # An array passes: inject_hyperparams turns the default 0 into one.
     if nesterov or callable(eps_root) or (isinstance(eps_root, NUMBERS) and eps_root != 0):
         raise value_error(
-            f"eps_hat=True has neither eps_root nor nesterov, got eps_root={eps_root}, "
-            f"nesterov={nesterov}; leave them out, or eps_hat"
+            f"eps_hat=True takes neither eps_root nor nesterov, got eps_root={eps_root}, "
+            f"nesterov={nesterov}; leave out either them or eps_hat"
         )
 
 
 def finished(wrapper: str, text: str) -> None:
     raise ValueError(
         f"{wrapper}: tx must be a direction, whose updates point along the gradient, got {text}, "
-        f"which is a finished optimizer: its updates point against the gradient, and training "
-        f"would freeze; wrap the direction instead: "
+        f"an optimizer, whose updates point against it: training would freeze; wrap the "
+        f"direction instead: "
         f"optax.chain({wrapper}(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))"
         + (", or give the constructor cautious=True" if wrapper == "cautious" else "")
     )
@@ -465,15 +470,13 @@ def finished(wrapper: str, text: str) -> None:
 
 def not_one(caller: str, what: str, found: int) -> None:
     raise ValueError(
-        f"{caller}: the state holds {found} {what}; pass the state of one optimizer that has it"
+        f"{caller}: state must hold 1 of the {what}, got {found}; pass the state of one optimizer"
     )
 
 
 def mask_without_decay(weight_decay: PyTree, mask: PyTree) -> None:
     if weight_decay is None and mask is not None:
-        raise value_error(
-            "weight_decay_mask is given, but weight_decay is None; give weight_decay="
-        )
+        raise value_error("weight_decay_mask needs weight_decay, which is None; give weight_decay=")
 
 
 def above_zero(name: str, value: Any) -> None:
@@ -483,7 +486,7 @@ def above_zero(name: str, value: Any) -> None:
 
 def at_least(low: int, name: str, value: Any) -> None:
     if isinstance(value, NUMBERS) and not value >= low:
-        raise value_error(f"{name} must be >= {low}, or None for none, got {value}")
+        raise value_error(f"{name} must be >= {low} or None, got {value}")
 
 
 def not_a_schedule(name: str, value: Any, because: str = " here") -> None:
@@ -492,27 +495,27 @@ def not_a_schedule(name: str, value: Any, because: str = " here") -> None:
 
 
 def no_derivative(because: str) -> TypeError:
-    """The error for a gradient through an update that has none."""
+    """Return the error for differentiating an update that has no derivative."""
     return TypeError(
-        f"adam_jax: a gradient through the update, whose state {because}, which has no "
-        f"derivative; use storage='float32' and implementation='xla' for what is differentiated"
+        f"adam_jax: the update has no derivative, because its state {because}; to "
+        f"differentiate it, use storage='float32' and implementation='xla'"
     )
 
 
 def not_convertible(moments: Iterable[Sequence[str]], why: str) -> None:
     named = "; ".join(", ".join(names) for names in moments)
     raise value_error(
-        f"the moments {named}, {why}; convert between states of one variant and of the "
-        f"same parameters, or start anew with tx.init(params)"
+        f"cannot convert the moments {named}, {why}; both states must belong to "
+        f"one variant and to the same parameters, else start over with tx.init(params)"
     )
 
 
 def chained(state: PyTree, parts: int) -> None:
-    """The state of a chain must have one for each of its parts."""
+    """Check that the state of a chain is a tuple with one state per part."""
     if not isinstance(state, (tuple, list)) or hasattr(state, "_fields") or len(state) != parts:
         raise ValueError(
-            f"chain: the state must be a tuple of {parts}, one for each part, got "
-            f"{_outline(state)}; use the state of the same chain, or make a new one"
+            f"chain: the state must be a tuple of {parts}, one per part, got {_outline(state)}; "
+            f"pass the state of this chain, or call init again"
         )
 
 
@@ -529,22 +532,22 @@ def seed(value: Any) -> None:
 def parameters_given(params: PyTree) -> None:
     if params is None:
         raise value_error(
-            "needs the parameters, which it rounds; call update(gradients, state, params)"
+            "params must be given, because they are rounded; call update(gradients, state, params)"
         )
 
 
 def no_wider_than_float32(path: KeyPath, x: PyTree) -> None:
-    """What is kept below a parameter makes it float32: there is nothing to keep below a float64."""
+    """Check that a parameter is no wider than its float32 master."""
     dtype = getattr(x, "dtype", None)
     if dtype in (jnp.float64, jnp.complex128):
         raise value_error(
-            f"{_at('the parameter', path)} is {dtype}, and masters are float32; keep it "
-            f"out, e.g. with optax.partition, or make it bfloat16 or float32"
+            f"{_at('the parameter', path)} must be no wider than its float32 master, got {dtype}; "
+            f"keep it out, e.g. with optax.partition, or make it bfloat16 or float32"
         )
 
 
 def rest(path: KeyPath, p: PyTree, rest: PyTree, dtype: PyTree) -> None:
-    """What is kept below a parameter must be what init made for it."""
+    """Check that a residual has the shape and dtype that init gave it."""
     if dtype is None or p is None:
         return
     narrow = getattr(p, "dtype", None) == jnp.bfloat16
@@ -552,31 +555,31 @@ def rest(path: KeyPath, p: PyTree, rest: PyTree, dtype: PyTree) -> None:
     if rest is None or rest.shape != wanted or rest.dtype != dtype:
         got = "nothing" if rest is None else f"{rest.dtype}{list(rest.shape)}"
         raise value_error(
-            f"below {_at('the parameter', path)}, which is {jnp.result_type(p)}, the "
-            f"state keeps {got} where {jnp.dtype(dtype)}{list(wanted)} belongs; its dtype, or "
-            f"bits=, was another when init was called: make the state anew"
+            f"the residual of {_at('the parameter', path)}, which is {jnp.result_type(p)}, must be "
+            f"{jnp.dtype(dtype)}{list(wanted)}, got {got}: the parameter's dtype or bits= has "
+            f"changed since init; call init again"
         )
 
 
 def as_many(parameters: Sequence[PyTree], rests: Sequence[PyTree]) -> None:
     if len(parameters) != len(rests):
         raise value_error(
-            f"{len(parameters)} parameters were given, and the state keeps the bits below "
-            f"{len(rests)}; pass the parameters that belong to the state"
+            f"params must have {len(rests)} leaves, one per residual in the state, got "
+            f"{len(parameters)}; pass the parameters that belong to the state"
         )
 
 
 def nothing_after(exact: Iterable[optax.GradientTransformation]) -> None:
-    """Transformations whose updates are exact must be the last to touch them."""
+    """Raise for transformations whose exact updates a later part would change."""
     for tx in exact:
         raise value_error(
-            f"{tx!r} computes updates that land exactly, and nothing may change them; "
-            f"put it outermost, e.g. master_weights(chain(clip, adamw))"
+            f"{tx!r} computes exact updates, which no later part may change; put it outermost, "
+            f"e.g. master_weights(chain(clip, adamw))"
         )
 
 
 def on_explicit_mesh(mesh: PyTree, tree: PyTree) -> None:
-    """Under jit, arrays must be on a mesh with explicit axes before they can be resharded."""
+    """Check that traced arrays are on the mesh if its axes are explicit: JAX can't move them."""
     if jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return
     if not jax.sharding.get_abstract_mesh().empty:
@@ -593,8 +596,8 @@ def on_explicit_mesh(mesh: PyTree, tree: PyTree) -> None:
 
 def no_mesh(caller: str) -> ValueError:
     return ValueError(
-        f"{caller}: the parameters have no shardings; pass arrays or ShapeDtypeStructs that have "
-        f"NamedShardings, or PartitionSpecs and their mesh: {caller}(tx, params, specs, mesh)"
+        f"{caller}: params must have NamedShardings, got none; pass sharded arrays or "
+        f"ShapeDtypeStructs, or PartitionSpecs and their mesh: {caller}(tx, params, specs, mesh)"
     )
 
 
@@ -613,7 +616,7 @@ def mesh_axis(caller: str, mesh: PyTree, axis: str) -> None:
 
 @contextlib.contextmanager
 def needing_extra(what: str) -> Generator[None, None, None]:
-    """A missing package is called by its name, with the command that installs it."""
+    """Name a missing package and the command that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The few operations that every formula is made of, each accurate where the naive form is not."""
+"""The operations that formulas share, each more accurate than its naive form."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 from adam_jax._util.typing import Numeric, PyTree, Scalar
 
 TINY = 2.0**-126
-"""The least normal number of float32; XLA takes smaller ones for 0."""
+"""The smallest normal number of float32; XLA flushes smaller numbers to 0."""
 
 
 def arithmetic_dtype(*dtypes: jax.typing.DTypeLike) -> np.dtype:
-    """float32, or wider where a dtype is: what is computed in, whatever is stored."""
+    """Return the dtype to compute in: float32, or wider if one of `dtypes` is."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
@@ -25,9 +25,9 @@ def arithmetic_dtype(*dtypes: jax.typing.DTypeLike) -> np.dtype:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decay:
-    """A decay rate b that also knows log b and 1 - b, which float32 cannot recover from b.
+    """A decay rate b with log b and 1 - b, which float32 cannot recover from b.
 
-    It is a number in formulas: ``1 - b`` and ``b**t`` use the digits that it kept.
+    It is a number in formulas: ``1 - b`` and ``b**t`` use the stored digits.
 
     >>> b = decay_rate(0.999999)
     >>> round(float(1 - b), 12)  # 1 - float32(0.999999) is 1.0132789e-06
@@ -38,7 +38,7 @@ class Decay:
     log: Scalar
     complement: Scalar
 
-    __array_ufunc__ = None  # NumPy scalars leave the arithmetic to us
+    __array_ufunc__ = None  # NumPy scalars defer to these operators
 
     def __jax_array__(self) -> jax.Array:
         return jnp.asarray(self.value)
@@ -86,10 +86,10 @@ class Decay:
 
 
 def decay_rate(b: Decay | Numeric) -> Decay:
-    """b with its logarithm and complement: in double on the host for a number, traced otherwise.
+    """Return b as a `Decay`, computed in float64 on the host if b is a number.
 
-    A traced b that rounded up to 1 in its own dtype (0.999 does in bfloat16) becomes the largest
-    value below 1: with b = 1 a moment would never move and its bias correction would divide by 0.
+    A traced b that was rounded to 1 in its own dtype (as 0.999 in bfloat16) becomes the largest
+    value below 1. With b = 1, a moment would never change, and bias correction would divide by 0.
     """
     if isinstance(b, Decay):
         return b
@@ -107,21 +107,21 @@ def decay_rate(b: Decay | Numeric) -> Decay:
 
 
 def ema(b: Decay | Numeric, m: jax.Array, x: jax.Array) -> jax.Array:
-    """Exponential moving average: b·m + (1 - b)·x."""
+    """Return the exponential moving average b·m + (1 - b)·x."""
     b = decay_rate(b)
     return jnp.asarray(b.value * m + b.complement * x)
 
 
 def debias(m: Numeric, b: Decay | Numeric, t: Numeric) -> jax.Array:
-    """m / (1 - b^t): the average of t values of an `ema` that started at zero."""
+    """Return m / (1 - b^t), which corrects the bias of an `ema` that started at zero."""
     return jnp.asarray(m / -jnp.expm1(t * decay_rate(b).log))
 
 
 def least_square(mu: jax.Array, b1: Decay | Numeric, b2: Decay | Numeric) -> jax.Array:
-    """Return the least that ema(b2, g²) can be, given mu = ema(b1, g): nu ≥ c·mu².
+    """Return c·mu², a lower bound on nu = ema(b2, g²), given mu = ema(b1, g).
 
-    By Cauchy–Schwarz c = (1 - b2)(1 - b1²/b2)/(1 - b1)², for b1² < b2. So Adam's step is at most
-    1/√c, 7.3 for the defaults. There is no bound, and c is 0, for larger b1.
+    By Cauchy–Schwarz, c = (1 - b2)(1 - b1²/b2)/(1 - b1)² if b1² < b2. So Adam's direction is at
+    most 1/√c, 7.3 for the defaults. For larger b1, there is no bound, and c is 0.
     """
     b1, b2 = decay_rate(b1), decay_rate(b2)
     overlap = 1 - b1.value * b1.value / jnp.maximum(b2.value, TINY)
@@ -129,9 +129,9 @@ def least_square(mu: jax.Array, b1: Decay | Numeric, b2: Decay | Numeric) -> jax
 
 
 def least_norm(mu: jax.Array, b1: Decay | Numeric, b2: Decay | Numeric) -> jax.Array:
-    """Return the least that AdaMax's norm can be, given mu = ema(b1, g), for b1 < b2.
+    """Return a lower bound on AdaMax's norm, given mu = ema(b1, g), for b1 < b2.
 
-    The norm is at least b2^i·|g| for the gradient of i steps ago, and mu a sum of (1 - b1)·b1^i·g.
+    For the gradient g_i of i steps ago, the norm is at least b2^i·|g_i|; mu = Σ (1 - b1)·b1^i·g_i.
     """
     b1, b2 = decay_rate(b1), decay_rate(b2)
     overlap = 1 - b1.value / jnp.maximum(b2.value, TINY)
@@ -139,13 +139,13 @@ def least_norm(mu: jax.Array, b1: Decay | Numeric, b2: Decay | Numeric) -> jax.A
 
 
 def abs_sq(x: jax.Array) -> jax.Array:
-    """|x|², real for complex x."""
+    """Return |x|², real for complex x."""
     return (x.conj() * x).real if jnp.iscomplexobj(x) else x * x
 
 
 @jax.custom_jvp
 def sqrt(x: jax.Array) -> jax.Array:
-    """√x whose derivative at 0 is 0, not ∞, so that gradients through an update stay finite."""
+    """Return √x, with derivative 0 at 0, so that gradients through an update stay finite."""
     return jnp.sqrt(x)
 
 
@@ -156,23 +156,23 @@ def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
 
 
 def averaging_length(b: Decay | Numeric, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """RAdam's ρ_t and ρ_∞: how many values an `ema` averages after t steps, and finally.
+    """Return RAdam's ρ_t and ρ_∞: how many values an `ema` averages at step t and as t → ∞.
 
-    ρ_∞ = 2/(1-b) - 1 and ρ_t = ρ_∞ - 2t·b^t/(1-b^t) cancel to nothing as b approaches 1. With
-    y = -t·log(b)/2 and L(y) = coth(y) - 1/y the same ρ_t is t·(1 - L(y)) + L(y/t), which does not.
+    By definition, ρ_∞ = 2/(1-b) - 1 and ρ_t = ρ_∞ - 2t·b^t/(1-b^t), which cancel as b approaches 1.
+    With y = -t·log(b)/2 and L(y) = coth(y) - 1/y, ρ_t is t·(1 - L(y)) + L(y/t), which is accurate.
     """
     b = decay_rate(b)
     y = -t * b.log / 2
     direct = 1 / jnp.maximum(y, 1) - 2 / jnp.expm1(2 * jnp.maximum(y, 1))
     rho = t * jnp.where(y > 1, direct, 1 - _langevin(jnp.minimum(y, 1)))
     final = jnp.asarray(2 / b.complement - 1)
-    # L(y/t) = final + 2/log b; both forms are at hand, each good on its side of 1
+    # L(y/t) = final + 2/log b, which is accurate only for y/t > 1
     first = jnp.where(y > t, final + 2 / b.log, _langevin(jnp.minimum(y / t, 1)))
     return rho + first, final
 
 
 def _langevin(y: jax.Array) -> jax.Array:
-    """coth(y) - 1/y for 0 ≤ y ≤ 1, by Lambert's continued fraction (exact to 1e-16)."""
+    """Return coth(y) - 1/y for 0 ≤ y ≤ 1, by Lambert's continued fraction (exact to 1e-16)."""
     fraction = jnp.full_like(y, 19.0)
     for odd in (17, 15, 13, 11, 9, 7, 5, 3):
         fraction = odd + y * y / fraction
@@ -180,10 +180,10 @@ def _langevin(y: jax.Array) -> jax.Array:
 
 
 def momentum_product(b: Decay | Numeric, momentum_decay: Numeric, t: Numeric) -> jax.Array:
-    """NAdam's Π_{i≤t} μ_i with μ_i = b·(1 - ½·0.96^(i·momentum_decay)), without a state for it.
+    """Return NAdam's Π_{i≤t} μ_i, with μ_i = b·(1 - ½·0.96^(i·momentum_decay)), statelessly.
 
-    From log(1 - x) = -Σ_k x^k/k with x = ½·r^i, summed over i first: a geometric series for each k.
-    64 terms leave 2^-64.
+    With r = 0.96^momentum_decay, log(1 - ½·r^i) = -Σ_k (½·r^i)^k/k. The sum over i is a geometric
+    series for each k. After 64 terms, the error is 2^-64.
     """
     b = decay_rate(b)
     k = jnp.arange(1, 65).astype(jnp.result_type(b.log))

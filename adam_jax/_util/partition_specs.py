@@ -1,4 +1,4 @@
-"""PartitionSpecs: entries for every axis, only those that fit a shape, and those that are known."""
+"""Helpers for PartitionSpecs, and known shardings of leaves."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from adam_jax._util.typing import PyTree
 
 
 def is_explicit(x: jax.Array) -> bool:
-    """Whether the type of an array has its sharding."""
+    """Whether the mesh of an array has explicit axes."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 known_shardings: contextvars.ContextVar[Mapping[Key, NamedSharding]]
-known_shardings = contextvars.ContextVar("known_shardings", default={})  # noqa: B039  # never changed
-"""The shardings of leaves on automatic mesh axes, if a wrapper around has made them known."""
+known_shardings = contextvars.ContextVar("known_shardings", default={})  # noqa: B039  # never mutated
+"""The shardings of leaves on automatic mesh axes, if an outer wrapper has set them."""
 
 
 @contextlib.contextmanager
 def making_known(shardings: Mapping[Key, NamedSharding]) -> Generator[None, None, None]:
-    """Make the shardings of leaves known to the steps inside.
+    """Make the shardings of leaves known to inner steps.
 
-    On automatic mesh axes a traced array doesn't have its sharding, and a transformation between
-    may be anybody's. So the wrapper that decides the shardings passes them by the leaves' keys.
+    On automatic mesh axes, a traced array doesn't have its sharding, and any transformation may be
+    in between. So the wrapper that chooses the shardings passes them by the leaves' keys.
     """
     token = known_shardings.set(shardings)
     try:
@@ -39,17 +39,17 @@ def making_known(shardings: Mapping[Key, NamedSharding]) -> Generator[None, None
 
 
 def names(entry: PyTree) -> tuple[str, ...]:
-    """The mesh axes in one entry of a PartitionSpec."""
+    """Return the mesh axes in a PartitionSpec entry."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def parts(mesh: Mesh | AbstractMesh, entry: PyTree) -> int:
-    """Into how many parts an entry cuts an axis."""
+    """Return how many parts an entry splits an axis into."""
     return math.prod(mesh.shape[name] for name in names(entry))
 
 
 def drop_indivisible(mesh: Mesh | AbstractMesh, spec: P, shape: Sequence[int]) -> P:
-    """The spec with an entry for each axis; None where the devices do not divide it."""
+    """Return the spec with one entry per axis; None if the devices don't divide the axis."""
     entries = [*spec, *[None] * (len(shape) - len(spec))]
     divided = [n % parts(mesh, e) == 0 for n, e in zip(shape, entries, strict=True)]
     return P(*(e if d else None for e, d in zip(entries, divided, strict=True)))

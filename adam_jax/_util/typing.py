@@ -1,4 +1,4 @@
-"""The type aliases that signatures use, and the ranges that they declare."""
+"""Type aliases for signatures, and the ranges that they declare."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KeyPath: TypeAlias = tuple[Any, ...]
 DType: TypeAlias = jax.typing.DTypeLike | None
 
 Mask: TypeAlias = PyTree | Callable[[optax.Params], PyTree] | None
-"""A tree of bools, a prefix of one, or a function of the parameters that returns one."""
+"""A tree of bools, a prefix of one, or a function from parameters to one."""
 
 
 class Range(NamedTuple):
-    """The numbers that an argument may be: low ≤ x < high."""
+    """The allowed range of an argument: low ≤ x < high."""
 
     text: str
     low: float
@@ -38,11 +38,11 @@ Numeric: TypeAlias = jax.typing.ArrayLike
 """A number or a scalar array."""
 
 Scalar: TypeAlias = jax.Array | np.floating | float
-"""A number that formulas compute with."""
+"""A number in a formula."""
 
 DecayRate: TypeAlias = Annotated[Numeric, UNIT]
 Momentum: TypeAlias = Annotated[Numeric, UP_TO_ONE]
-"""A decay rate that may be 1, which makes a sum."""
+"""A decay rate that may be 1, which gives a sum."""
 NonNegative: TypeAlias = Annotated[Numeric, FROM_ZERO]
 
 Schedule: TypeAlias = Callable[..., PyTree]
