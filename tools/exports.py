@@ -1,4 +1,4 @@
-"""Write adam_jax/optimizers/__init__.py and the README's table: `python tools/exports.py`.
+"""Write adam_jax/optimizers/__init__.py and the table in docs/optimizers.md: `python tools/exports.py`.
 
 Type checkers and editors read a package without running it, so its imports must be written out.
 With --check it exits with 1 if the imports are stale.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "adam_jax" / "optimizers"
 INIT = PACKAGE / "__init__.py"
-README = PACKAGE.parents[1] / "README.md"
+TABLE = PACKAGE.parents[1] / "docs" / "optimizers.md"
 
 
 def exported(path: Path) -> list[str]:
@@ -21,11 +21,11 @@ def exported(path: Path) -> list[str]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return sorted(ast.literal_eval(node.value))
-    sys.exit(f"{path} must define __all__, the names that it exports")
+    sys.exit(f"{path} must define __all__, its exported names")
 
 
 def import_line(module: str, names: list[str]) -> str:
-    """Return the import of these names as ruff formats it."""
+    """Return the import of these names in ruff's format."""
     start = f"from adam_jax.optimizers.{module} import "
     line = start + ", ".join(names)
     return line if len(line) <= 100 else start + "(\n    " + ",\n    ".join(names) + ",\n)"
@@ -53,12 +53,12 @@ def source() -> str:
 
 
 def write_table() -> None:
-    """Write the catalogue into the README, between its markers."""
+    """Write the catalogue's table into docs/optimizers.md, between its markers."""
     command = [sys.executable, "-m", "adam_jax", "list", "--markdown"]
-    table = subprocess.check_output(command, cwd=README.parent, text=True)
+    table = subprocess.check_output(command, cwd=PACKAGE.parents[1], text=True)
     start, end = "<!-- catalogue -->\n", "<!-- /catalogue -->"
-    before, _, rest = README.read_text().partition(start)
-    README.write_text(f"{before}{start}{table}{end}{rest.partition(end)[2]}")
+    before, _, rest = TABLE.read_text().partition(start)
+    TABLE.write_text(f"{before}{start}{table}{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Draw the packages and their imports: `python tools/house.py` writes docs/house.svg.
 
-Nothing in the picture is written by hand: the arrows are the imports in the source. With --check it
-exits with 1 if the picture is stale. Imports go down only, which `tests/project/test_house.py`
-checks.
+The arrows are the imports in the source. With --check it exits with 1 if the picture is stale.
+`tests/project/test_house.py` checks that imports only go down.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ LAYERS = (
     ("storage", "schedules"),
     ("_util",),
 )
-"""The packages from top to bottom. A package imports from the layers below its own."""
+"""The packages from top to bottom. A package imports only from lower layers."""
 
 WHAT = {
     "cli": "python -m adam_jax",
@@ -44,7 +43,7 @@ WHAT = {
 
 
 def room(path: Path) -> str:
-    """Return the package, or the public module, that a file belongs to."""
+    """Return the package or public module of a file."""
     return path.relative_to(ROOT / "adam_jax").parts[0].removesuffix(".py")
 
 
@@ -74,12 +73,12 @@ def layer(name: str) -> int:
 
 
 def described() -> str:
-    """Return the edges as the picture's description."""
+    """Format the edges as the picture's description."""
     return "; ".join(f"{a} -> {b}" for a, b in edges())
 
 
 def draw() -> None:
-    """Write the picture; arrows that longer paths imply are left out."""
+    """Write the picture without arrows that longer paths imply."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -113,7 +112,7 @@ def draw() -> None:
 
 
 def is_current() -> bool:
-    """Whether the picture shows the imports as they are."""
+    """Whether the picture shows the current imports."""
     return described().replace(">", "&gt;") in PICTURE.read_text()
 
 

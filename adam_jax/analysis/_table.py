@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], columns: str, gap: str = " ") -> str:
-    """Return rows of cells as aligned lines of text.
+    """Format rows of cells as aligned lines of text.
 
     Args:
       rows: the cells, with the header in the first row.
-      columns: the alignment and the least width of each column, such as "<8 >12".
-      gap: what separates columns.
+      columns: the alignment and minimum width of each column, such as "<8 >12".
+      gap: the separator of columns.
 
     >>> print(text_table([("", "MB"), ("mu", "1.5")], "<4 >5"))
             MB

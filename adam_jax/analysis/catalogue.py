@@ -1,4 +1,4 @@
-"""The family as data: what each optimizer computes, from which paper, what it keeps and is for."""
+"""The catalogue of optimizers: the formula, state, purpose, and paper of each."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _WIDTHS = (19, 29, 9, 8, 20, 25)  # 120 columns with two spaces between
 
 
 def constructors() -> dict[str, Callable[..., Transformation]]:
-    """Return the family's constructors by name."""
+    """Return all constructors by name."""
     return {entry.name: entry.constructor for entry in catalogue()}
 
 
 def catalogue() -> tuple[Entry, ...]:
-    """Return the family as data, one entry for each constructor.
+    """Return one entry for each constructor.
 
     Returns:
       the entries, sorted by name; `Entry` explains their fields.
@@ -34,7 +34,7 @@ def catalogue() -> tuple[Entry, ...]:
 
 
 def table() -> str:
-    """The catalogue as text, 120 columns wide.
+    """Format the catalogue as text, 120 columns wide.
 
     >>> table().splitlines()[2].split()[0]
     'adabelief'
@@ -44,7 +44,7 @@ def table() -> str:
 
 
 def markdown() -> str:
-    """The catalogue as a Markdown table, for the README.
+    """Format the catalogue as a Markdown table.
 
     >>> print(markdown().splitlines()[1])
     |---|---|---|---|---|---|
@@ -64,14 +64,14 @@ def _cells(entry: Entry) -> tuple[str, ...]:
 
 
 def _wrapped(cells: Sequence[str]) -> list[str]:
-    """A row of the text table: as many lines as its longest cell needs."""
+    """Wrap a row's cells, and return its lines."""
     columns = [_wrap(text, width) for text, width in zip(cells, _WIDTHS, strict=True)]
     lines = itertools.zip_longest(*columns, fillvalue="")
     return ["  ".join(map(_padded, line, _WIDTHS)).rstrip() for line in lines]
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns (textwrap would count the hats)."""
+    """Return lines of at most `width` columns (textwrap counts combining accents)."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -80,7 +80,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def _width(text: str) -> int:
-    """Columns on a screen, where a hat takes none."""
+    """Count screen columns; combining accents take none."""
     return sum(not unicodedata.combining(character) for character in text)
 
 

@@ -1,4 +1,4 @@
-"""Comparison of optimizers on a user's problem: all learning rates and seeds in one program."""
+"""Comparison of optimizers on a user's problem, with one program per optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from tqdm import tqdm
 
-CHUNKS = 20  # calls of the program in a run: they move the progress bar and give a median time
+CHUNKS = 20  # program calls per run, to update the progress bar and take a median time
 
 Constructor: TypeAlias = Callable[..., optax.GradientTransformation]
 
@@ -47,7 +47,7 @@ class Comparison:
       learning_rates: as given to `compare`.
       seeds: as given to `compare`.
       state_bytes: by name, the size of one run's optimizer state.
-      seconds: by name, the median time of a step of all runs together, without compilation.
+      seconds: by name, the median time of one step of all runs, without compilation.
     """
 
     losses: dict[str, np.ndarray]
@@ -74,7 +74,7 @@ class Comparison:
           name: the name of an optimizer.
 
         Returns:
-          the learning rate and its final loss; None if a seed diverged at each learning rate.
+          the learning rate and its final loss, or None if every learning rate has a diverged seed.
         """
         final = self.final(name)
         index = int(final.mean(axis=1).argmin())
@@ -106,7 +106,7 @@ class Comparison:
         """Draw the final losses over the learning rates, and the losses at the best one.
 
         Returns:
-          a Matplotlib figure, on white whatever the style: `figure.savefig("compare.png")`.
+          a Matplotlib figure on a white background: `figure.savefig("compare.png")`.
 
         Raises:
           ModuleNotFoundError: Matplotlib is missing.
@@ -151,28 +151,28 @@ def compare(
     """Train with each optimizer, from each seed at each learning rate, and compare the losses.
 
     All runs of an optimizer are one compiled program, vectorized over learning rates and seeds, so
-    it needs the memory of all of them. Every run sees the same batches in the same order; seeds
-    differ in their initial parameters. The loss at each step is the loss of the trained parameters
-    on the step's batch (Schedule-Free's average may have a lower one).
+    it needs memory for all of them. Every run uses the same batches in the same order; seeds differ
+    in the initial parameters. The loss at each step is the loss of the trained parameters on that
+    step's batch (Schedule-Free's averaged parameters may have a lower loss).
 
     Args:
       constructors: by name, functions of a learning rate that return an optimizer: ours, Optax's,
-        your own, or a functools.partial of one. The learning rate is traced: to schedule it, scale
-        a schedule by it, `lambda lr: adamw(lambda step: lr * schedule(step))`.
+        your own, or a functools.partial of one. The learning rate is traced; to schedule it,
+        multiply a schedule by it: `lambda lr: adamw(lambda step: lr * schedule(step))`.
       init: returns the parameters, any pytree, for a PRNG key.
       loss: (params, batch) → scalar, differentiated with respect to the parameters.
-      batches: a pytree of arrays whose leading axis is the steps: one slice of each is a batch.
-        Keep data that is too large for this outside, and pass its indices as batches. Pass keys
-        for randomness in the loss (dropout) as batches, too.
+      batches: a pytree of arrays with a leading axis of steps; one slice of each is a batch. If
+        the data is too large, close over it in the loss, and pass indices. If the loss is random
+        (dropout), pass its keys in the batches.
       learning_rates: the learning rates to try.
-      seeds: how many seeds, or which, for init.
+      seeds: the number of seeds, or the seeds, for init.
       progress: whether to show a progress bar for each optimizer.
 
     Returns:
       a `Comparison`, which prints as a table; its `plot()` returns a Matplotlib figure.
 
     Raises:
-      ValueError, TypeError: an argument is not as described; the message names it.
+      ValueError, TypeError: an argument is invalid; the message names it.
       ModuleNotFoundError: tqdm is missing, and progress is True.
 
     >>> import adam_jax, functools, jax, jax.numpy as jnp
@@ -218,8 +218,8 @@ def _train(
     keys = jnp.stack([jax.random.key(seed) for seed in problem.seeds])
     steps = len(jax.tree.leaves(problem.batches)[0])
     size = -(-steps // CHUNKS)
-    # All chunks are of one size, so that one program runs them all: the last one repeats the last
-    # batch, and its surplus losses are dropped.
+    # One program runs all chunks, so they have equal sizes: the last chunk repeats the last batch,
+    # and the extra losses are dropped.
     chunks = np.arange(-(-steps // size) * size, dtype=np.int32).reshape(-1, size)
     chunks = np.minimum(chunks, steps - 1)
     losses, seconds = [], []
@@ -247,7 +247,7 @@ def _train(
 def _functions(
     problem: Problem, name: str, make: Constructor
 ) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
-    """Return the functions that start all runs, and that take some steps with all of them."""
+    """Return a function that starts all runs, and one that takes some steps with them."""
 
     def optimizer(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
         tx = make(rate)
@@ -274,7 +274,7 @@ def _functions(
 
         return jax.lax.scan(step, carry, indices)
 
-    # the inner axis is the seeds, the outer one the learning rates; all runs share the batches
+    # vmap over seeds inside and learning rates outside; all runs share the batches
     start = jax.vmap(jax.vmap(start, (None, 0)), (0, None))
     return start, jax.vmap(jax.vmap(take_steps, (0, None, None, None)), (0, 0, None, None))
 
@@ -300,7 +300,7 @@ def _learning_rates(rates: Sequence[float]) -> tuple[float, ...]:
     except TypeError:
         raise TypeError(
             f"compare: learning_rates must be a sequence of numbers, got {rates!r}; "
-            f"for a single one write [0.001]"
+            f"for a single one, write [0.001]"
         ) from None
     if not found or not all(0 < rate < math.inf for rate in found):
         raise ValueError(f"compare: learning_rates must be one number > 0 or more, got {rates!r}")
@@ -344,7 +344,7 @@ def _check_loss(problem: Problem) -> None:
     if not scalar or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(
             f"compare: loss must return a floating-point scalar, returned {value}; "
-            f"take the mean, and leave out what else it returns"
+            f"take the mean, and leave out other outputs"
         )
 
 
@@ -357,8 +357,8 @@ def _note_optimizer(name: str) -> Generator[None, None, None]:
         note = f"compare: while training with {name!r}"
         if isinstance(error, jax.errors.JAXTypeError):
             note += (
-                "; its learning rate is traced, so that Python cannot branch on it: scale a "
-                "schedule by it instead, lambda lr: adamw(lambda step: lr * schedule(step))"
+                "; its learning rate is traced, so Python can't branch on it; scale a schedule "
+                "by it instead: lambda lr: adamw(lambda step: lr * schedule(step))"
             )
         error.add_note(note)
         raise

@@ -1,4 +1,4 @@
-"""Measures of a running optimizer, kept in its state, and the errors that storage makes."""
+"""Measurements of a running optimizer, kept in its state, and storage errors."""
 
 from __future__ import annotations
 
@@ -35,70 +35,70 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EDGES = 2.0 ** np.arange(-10, 3.5, 0.5)
-"""The edges between the bins of signal-to-noise; the first bin starts at 0, the last is open."""
+"""The edges between signal-to-noise bins; the first bin starts at 0, and the last is open."""
 
 NO_SIGNAL = {rules.adamax, rules.adopt, rules.laprop}
-"""Rules whose nu is no average of squares, or whose mu is already divided by the root of nu."""
+"""Rules whose nu isn't an average of squares, or whose mu is already divided by √nu."""
 
 Measures: TypeAlias = dict[str, dict[str, jax.Array]]
-"""By measure, then by group."""
+"""Values by measure, then by group."""
 
 Groups: TypeAlias = Mapping[str, Callable[[str], bool]]
-"""By the name of a group, whether a path belongs to it."""
+"""By group, whether a path belongs to it."""
 
 Settings: TypeAlias = dict[str, dict[str, PyTree]]
-"""By group of the optimizer, its hyperparameters."""
+"""Hyperparameters by group of the optimizer."""
 
 Leaves: TypeAlias = Mapping[Key, jax.Array]
 
-"""A leaf of a moment as it is stored."""
+"""Arrays by the key of their leaf."""
 
 Pair: TypeAlias = tuple[Mapping[Key, Stored], Mapping[Key, Stored], jax.Array]
-"""The stored mu and nu by key, and the factor from mu²/nu to m̂²/v̂."""
+"""Stored mu and nu by key, and the factor from mu²/nu to m̂²/v̂."""
 
 
 class RecordState(NamedTuple):
-    """The state of `record`. It holds only arrays, so that checkpoints need nothing special."""
+    """The state of `record`. It holds only arrays, so any checkpointer can save it."""
 
     step: jax.Array
     """The number of updates made."""
     measured_at: jax.Array
-    """The step, counted from 1, that the values belong to; 0 before the first."""
+    """The step of the values, counted from 1; 0 before the first."""
     values: Measures
-    """Float32 scalars, and for a histogram the shares in its bins."""
+    """Float32 scalars, or for a histogram, the shares in its bins."""
     inner_state: optax.OptState
 
 
 def record(
     tx: optax.GradientTransformation, groups: Mapping[str, str] | None = None, every: int = 10
 ) -> Transformation:
-    """Measure, once in `every` updates, what an optimizer does to groups of parameters.
+    """Measure an optimizer's steps by parameter group, once in `every` updates.
 
     For each group, it records the norm of the gradient that `tx` receives (before clipping), the
     norm of the update divided by the norm of the weights, and, if the state has mu and nu, a
-    histogram of |m̂|/√v̂. That ratio is near 1 where gradients agree from step to step, and near 0
-    where they are noise. For each group of `tx` (`adam_jax.groups`, or all), it records the
-    learning rate. The updates are the updates of `tx`.
+    histogram of |m̂|/√v̂. This ratio is near 1 if gradients agree from step to step, and near 0 if
+    they are noise. For each group of `tx` (`adam_jax.groups`, or all), it records the learning
+    rate. It doesn't change the updates.
 
-    It reads the learning rate, b1, and b2 from our transformations, and from states that carry them
-    (`tunable`, `optax.inject_hyperparams`). For other optimizers, it records no learning rate, and
-    takes the moments without bias correction. The updates of a step are all in memory at once,
-    which isn't necessary otherwise. (`python -m benchmarks.diagnostics` measures the cost.)
+    It reads the learning rate, b1, and b2 from adam_jax transformations, and from states that
+    contain them (`tunable`, `optax.inject_hyperparams`). For other optimizers, it records no
+    learning rate and omits bias correction. All updates of a step are in memory at once, which
+    isn't necessary otherwise. (`python -m benchmarks.diagnostics` measures the cost.)
 
     Args:
-      tx: the whole optimizer with its clipping, ours or another. `record` goes around it, and
-        inside `zero1`, `optax.MultiSteps`, `optax.apply_if_finite`, and `master_weights`, whose
-        updates include the rounding of the parameters.
+      tx: any whole optimizer with its clipping. Put `record` around it, and inside `zero1`,
+        `optax.MultiSteps`, `optax.apply_if_finite`, and `master_weights`, whose updates include the
+        rounding of the parameters.
       groups: by name, a regular expression, searched in paths such as "layers/0/kernel". Groups may
-        overlap. By default there is one group, "all".
-      every: >= 1, updates between two measurements; the first update is measured.
+        overlap. By default, there is one group, "all".
+      every: >= 1, the number of updates per measurement; the first update is measured.
 
     Returns:
       an Optax transformation whose state is a `RecordState` around the state of `tx`.
 
     Raises:
-      ValueError: every is below 1; a group's pattern is no regular expression or, at init, finds
-        no parameter; at update, there are no params.
+      ValueError: every is below 1; a group's pattern isn't a regular expression or, at init,
+        matches no parameter; at update, params are missing.
 
     >>> import adam_jax, jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
@@ -116,7 +116,7 @@ def record(
     if not (isinstance(every, int) and every >= 1):
         raise ValueError(f"record: every must be an integer >= 1, got {every!r}")
     inner = optax.with_extra_args_support(tx)
-    # measured in two parts, so that the gradients can be freed before the second
+    # measure in two parts, so that the gradients can be freed before the second
     measure_gradients = _if_due(functools.partial(_norms, searches))
     measure_step = _if_due(functools.partial(_measure_step, searches))
 
@@ -148,7 +148,7 @@ def record(
     ) -> tuple[optax.Updates, RecordState]:
         if params is None:
             raise ValueError(
-                "record: an update is measured by the size of its weights; "
+                "record: params must be the weights, got None; "
                 "pass them, tx.update(grads, state, params)"
             )
         due = state.step % every == 0
@@ -167,7 +167,7 @@ def record(
 
 
 def _if_due(measure: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Return a function of (due, last, *operands) that measures if due, else returns `last`."""
+    """Make a function of (due, last, *operands) that measures if due, else returns `last`."""
     return jax.jit(
         lambda due, last, *operands: jax.lax.cond(due, lambda: measure(*operands), lambda: last)
     )
@@ -220,7 +220,7 @@ def _counts(mu: Stored, nu: Stored, scale: jax.Array) -> jax.Array:
     def add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
         return [x + y for x, y in zip(a, b, strict=True)]
 
-    # a single reduction for all edges reads the moments once, and XLA writes none of its operands
+    # one reduction for all edges reads the moments once, and XLA stores none of its operands
     zeros = [jnp.int32(0)] * len(above)
     counts = jax.lax.reduce(above, zeros, add, tuple(range(v.ndim)))
     return jnp.stack([jnp.float32(v.size), *counts, jnp.float32(0)], dtype=jnp.float32)
@@ -229,7 +229,7 @@ def _counts(mu: Stored, nu: Stored, scale: jax.Array) -> jax.Array:
 def _settings(tx: optax.GradientTransformation, state: PyTree, count: jax.Array) -> Settings:
     """Return the known learning rates, b1, and b2 of a step, by group of the optimizer.
 
-    `count` is the number of earlier steps; a state that carries values has those of its last step.
+    `count` is the number of earlier steps. Values in a state are from its last step.
     """
     carriers = [(label or "all", link.hyperparams) for label, link in links_of(tx)]
     carriers += [(_label(path), getattr(s, "hyperparams", {})) for path, s in named_tuples(state)]
@@ -241,7 +241,7 @@ def _settings(tx: optax.GradientTransformation, state: PyTree, count: jax.Array)
 
 
 def _label(path: KeyPath) -> str:
-    """Return the group of an optimizer that a part of its state belongs to."""
+    """Return the optimizer group of a part of the state."""
     return next((str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)), "all")
 
 
@@ -274,7 +274,7 @@ def _leaves(tree: PyTree) -> Leaves:
 
 
 def read(state: PyTree) -> dict[str, Any]:
-    """Return the last measurements of `record`, as a flat dict for any logger.
+    """Return the last measurements of `record` as a flat dict for any logger.
 
     Args:
       state: a state that contains the state of `record`; also `nnx.Optimizer.opt_state`.
@@ -285,13 +285,13 @@ def read(state: PyTree) -> dict[str, Any]:
       elements in the bins between `EDGES`.
 
     Raises:
-      ValueError: the state has no measures, or the measures of several `record`s.
+      ValueError: the state has no measurements, or measurements of several `record`s.
     """
     found = [s for _, s in named_tuples(state) if isinstance(s, RecordState)]
     if len(found) != 1:
         raise ValueError(
-            f"read: the state must have the measures of one diagnostics.record, it has those of "
-            f"{len(found)}; wrap the optimizer, tx = diagnostics.record(tx), once"
+            f"read: the state must have the measurements of one diagnostics.record, got "
+            f"{len(found)}; wrap the optimizer once, tx = diagnostics.record(tx)"
         )
     trees = {"step": found[0].measured_at}, found[0].values
     leaves = [(path_string(path), x) for tree in trees for path, x in leaves_with_path(tree)]
@@ -305,7 +305,7 @@ def plot(history: Sequence[Mapping[str, Any]]) -> Figure:
       history: the results of `read` during training.
 
     Returns:
-      a Matplotlib figure, on white whatever the style: `figure.savefig("diagnostics.png")`.
+      a Matplotlib figure on a white background: `figure.savefig("diagnostics.png")`.
 
     Raises:
       ValueError: there is nothing to draw.
@@ -322,21 +322,21 @@ def plot(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 class StorageError(NamedTuple):
-    """The error that storage makes in one leaf of one moment."""
+    """The storage error of one leaf of one moment."""
 
     moment: str
     leaf: str
     kept_in: str
     error: float | None
-    """The root mean square of the error, relative to the exact moment's; None without `exact`."""
+    """The RMS error relative to the RMS of the exact moment; None without `exact`."""
     zeros: float
     """The share of elements that are stored as 0."""
     saturated: float
-    """The share of codes at the ends of their range; each block's largest value is there."""
+    """The share of codes at the ends of their range, including each block's maximum."""
 
 
 class StorageErrors(tuple[StorageError, ...]):
-    """Rows for each leaf of each moment; print it for the table."""
+    """A row for each leaf of each moment; print it for the table."""
 
     def __str__(self) -> str:
         rows = [("", "leaf", "kept in", "error", "zeros", "ends")]
@@ -348,9 +348,9 @@ class StorageErrors(tuple[StorageError, ...]):
 
 
 def storage_error(state: PyTree, exact: PyTree = None) -> StorageErrors:
-    """Compare the moments in a state with exact ones, and count codes at the ends of their range.
+    """Compare the moments in a state with exact moments, and count zero and saturated codes.
 
-    To see what a format would do to a running state, convert it:
+    To see the effect of a format on a running state, convert the state:
     `storage_error(convert_state(state, tx_int8, params), state)`.
 
     Args:
@@ -362,7 +362,7 @@ def storage_error(state: PyTree, exact: PyTree = None) -> StorageErrors:
       a `StorageErrors`: a row for each leaf of each moment; it prints as a table.
 
     Raises:
-      ValueError: a state has no moments, or the two have different ones.
+      ValueError: a state has no moments, or the moments differ between states.
 
     >>> import adam_jax, jax, jax.numpy as jnp
     >>> grads = {"w": jax.random.normal(jax.random.key(0), (64, 128))}
@@ -375,7 +375,9 @@ def storage_error(state: PyTree, exact: PyTree = None) -> StorageErrors:
     right = dict.fromkeys(kept) if exact is None else _by_leaf(exact)
     if right.keys() != kept.keys():
         only = ", ".join("/".join(key[:2]) for key in sorted(right.keys() ^ kept.keys())[:8])
-        raise ValueError(f"storage_error: one of the two states has no {only}")
+        raise ValueError(
+            f"storage_error: one of the states has no {only}; pass states of the same parameters"
+        )
     return StorageErrors(
         StorageError(*key[:2], *_errors(stored, right[key])) for key, stored in kept.items()
     )
@@ -389,7 +391,7 @@ def _by_leaf(state: PyTree) -> dict[tuple[str, str, int], Stored]:
         for key, stored in _moments.leaves(moment).items()
     }
     if not found:
-        raise ValueError("storage_error: the state holds no moments")
+        raise ValueError("storage_error: the state must have moments, got no moments")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The memory that an optimizer needs, computed before anything is allocated."""
+"""The memory of an optimizer, computed before anything is allocated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row(NamedTuple):
     kept_in: str
     bytes: int
     per_device: int
-    """The bytes on the device that holds most of it; all of them if nothing is sharded."""
+    """The largest number of bytes on a device; all bytes if nothing is sharded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +41,10 @@ class MemoryReport:
       rows: parameters, gradients, each moment, the bits below bfloat16 parameters, and the rest of
         the state, in bytes.
       parameters: the number of trained parameters.
-      uncoded: how many leaves of a quantized moment aren't quantized, and of how many; None
-        if no moment is.
-      whole: the paths and bytes of leaves of the state that are replicated, the largest first;
-        empty if nothing is sharded.
+      uncoded: the number of unquantized leaves in a quantized moment, and of all its leaves; None
+        if no moment is quantized.
+      whole: the paths and bytes of replicated leaves of the state, the largest first; empty if
+        nothing is sharded.
     """
 
     rows: Sequence[Row]
@@ -54,17 +54,17 @@ class MemoryReport:
 
     @property
     def state_bytes(self) -> int:
-        """The bytes of the optimizer's state."""
+        """Return the bytes of the state."""
         return sum(row.bytes for row in self.rows[2:])
 
     @property
     def total_bytes(self) -> int:
-        """The bytes of parameters, gradients, and state together."""
+        """Return the bytes of parameters, gradients, and state."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def bytes_per_device(self) -> int:
-        """The bytes of parameters, gradients, and state on one device."""
+        """Return the bytes of parameters, gradients, and state per device."""
         return sum(row.per_device for row in self.rows)
 
     def __str__(self) -> str:
@@ -96,16 +96,16 @@ class MemoryReport:
 def memory_report(tx: optax.GradientTransformation, params: PyTree) -> MemoryReport:
     """Return the bytes of parameters, gradients, and the state of `tx`, without allocating them.
 
-    The temporary buffers of a step are not included: see `compiled.memory_analysis()`.
+    A step's temporary buffers aren't included; for them, see `compiled.memory_analysis()`.
 
     Args:
-      tx: an Optax transformation, ours or another.
+      tx: any Optax transformation.
       params: arrays or `jax.ShapeDtypeStruct`s. The report assumes gradients of the same dtypes and
-        shardings, and a state with the shardings of `state_sharding`.
+        shardings, and a state sharded by `state_sharding`.
 
     Returns:
-      a `MemoryReport`: `.state_bytes`, `.total_bytes`, `.bytes_per_device`, `.rows`; it prints as a
-      table, with a column per device if parameters are sharded.
+      a `MemoryReport` with `.state_bytes`, `.total_bytes`, `.bytes_per_device`, and `.rows`. It
+      prints as a table, with a column "per device" if parameters are sharded.
 
     >>> import adam_jax, jax, jax.numpy as jnp
     >>> params = {"w": jax.ShapeDtypeStruct((50257, 768), jnp.float32)}
@@ -144,21 +144,21 @@ def memory_report(tx: optax.GradientTransformation, params: PyTree) -> MemoryRep
 
 
 def _replicated(state: PyTree) -> list[tuple[str, int]]:
-    """Return the paths and bytes of the leaves that are whole on each device, the largest first."""
+    """Return the paths and bytes of replicated leaves, the largest first."""
     sizes = [(path_string(path), *_bytes(x)) for path, x in leaves_with_path(state)]
     replicated = [(path, size) for path, size, local in sizes if size == local]
     return sorted(replicated, key=lambda leaf: -leaf[1])
 
 
 def _row(part: str, tree: PyTree) -> Row:
-    """Return the dtypes of a tree, without a moment's scales, and its bytes."""
+    """Return a row with the dtypes of a tree (without scales) and its bytes."""
     values = tree.codes if _is_in_blocks(tree) else tree
     dtypes = {str(jnp.result_type(x)) for x in jax.tree.leaves(values)}
     return Row(part, ", ".join(sorted(dtypes, key=len)), *_bytes(tree))
 
 
 def _bytes(tree: PyTree) -> tuple[int, int]:
-    """Return the bytes of all leaves, and the bytes of their largest shards."""
+    """Return the bytes of all leaves, and of one shard of each."""
     whole = local = 0
     for x in jax.tree.leaves(tree):
         shape, size = jnp.shape(x), jnp.result_type(x).itemsize

@@ -1,6 +1,6 @@
-"""Figures of comparisons, of recorded diagnostics, and of the command line's training runs.
+"""Figures of comparisons, recorded diagnostics, and the command line's training runs.
 
-Matplotlib is imported when a figure is drawn. Every figure is on white, whatever the user's style.
+Matplotlib is imported when a figure is drawn. Figures have a white background in every style.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from adam_jax.analysis.compare import Comparison
 
-# Okabe and Ito's colors, which color-blind readers can distinguish. Their yellow is left out,
-# because it is too light on white.
+# Okabe and Ito's palette for color-blind readers, without yellow, which is too light on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 
@@ -30,7 +29,7 @@ MEASURES = {
     "gradient_norm": "norm of the gradient",
     "update_ratio": "‖update‖ / ‖weights‖",
 }
-"""The measures that are drawn as lines, with the labels of their axes."""
+"""The measures that are drawn as lines, with their axis labels."""
 
 
 class LineStyle(TypedDict):
@@ -54,7 +53,7 @@ def _new_figure(caller: str, width: float, height: float) -> Generator[Figure, N
     with style.context("default"):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         yield figure
-        figure.draw_without_rendering()  # ticks take their style when they are made
+        figure.draw_without_rendering()  # ticks take the current style when they are created
 
 
 def draw_comparison(result: Comparison) -> Figure:
@@ -93,7 +92,7 @@ def draw_comparison(result: Comparison) -> Figure:
 def _draw_mean(
     axes: Axes, x: np.ndarray, y: np.ndarray, label: str, style: LineStyle, marker: str = ""
 ) -> None:
-    """Draw the mean over the last axis of y, the seeds, in a band of a standard deviation."""
+    """Draw the mean over the seeds (the last axis of y), with a band of ± one s.d."""
     mean = y.mean(axis=-1)
     axes.plot(x, mean, label=label, marker=marker, ms=4, **style)
     if y.shape[-1] > 1:
@@ -103,13 +102,13 @@ def _draw_mean(
 
 
 def _set_scales(left: Axes, right: Axes, losses: list[np.ndarray]) -> None:
-    # a single 0 (a loss that underflowed) is no reason to give up the logarithm
+    # keep the log scale if a loss underflowed to 0
     positive = all(np.nanmin(x) >= 0 for x in losses)
     for axes in (left, right):
         axes.set_yscale("log" if positive else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    # a final loss far above the first losses would squeeze all others
+    # a final loss far above the first losses would compress all others
     starts = np.array([x[..., 0].mean() for x in losses])
     start = float(np.max(starts, initial=-np.inf, where=np.isfinite(starts)))
     bottom, top = left.get_ylim()
@@ -125,7 +124,7 @@ def draw_diagnostics(
     Args:
       steps: the steps that were measured.
       series: by measure, then by group, the values at these steps.
-      edges: of the bins of signal-to-noise.
+      edges: the edges of the signal-to-noise bins.
     """
     lines = [measure for measure in MEASURES if measure in series]
     ratios = series.get("signal_to_noise", {})
@@ -148,9 +147,9 @@ def draw_diagnostics(
 def _draw_histograms(
     part: SubFigure, steps: np.ndarray, ratios: Mapping[str, np.ndarray], edges: np.ndarray
 ) -> None:
-    """Draw a heat map for each group: the histograms over the steps."""
+    """Draw the histograms over the steps as a heat map for each group."""
     panels = part.subplots(1, len(ratios), sharey=True, squeeze=False)[0]
-    # at the first steps almost all elements are near 1: a scale up to there would hide the others
+    # the first steps have almost all elements near 1, which would dominate the color scale
     top = max(float(np.quantile(shares.max(axis=1), 0.9)) for shares in ratios.values())
     bins = np.array([edges[0] / 2**0.5, *edges, edges[-1] * 2**0.5])
     ends = np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1)
@@ -174,7 +173,7 @@ def draw_training(
     steps = np.arange(1, len(rates) + 1)
     with _new_figure("plot", 8, 9) as figure:
         top, middle, bottom = figure.subplots(3, sharex=True, height_ratios=(3, 1.5, 2))
-        # the second run is dashed, on top of the first: both are visible where they agree
+        # the second run is dashed on top of the first, so that both stay visible
         styles = dict(color=COLORS[1], lw=3, alpha=0.6), dict(color=COLORS[0], lw=1.2, ls="--")
         for name, style in zip(losses, styles, strict=True):
             interval = len(rates) // len(accuracies[name])

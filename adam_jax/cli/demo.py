@@ -1,4 +1,4 @@
-"""The training run of `python -m adam_jax train`: digits, with optax.adamw and with ours."""
+"""The training runs of `python -m adam_jax train`: digits with optax.adamw and adam_jax."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Recipe(NamedTuple):
     seed: int
 
     def schedule(self) -> optax.Schedule:
-        """Return a schedule that rises for the first tenth of the steps, then falls to 0."""
+        """Return a schedule that rises for a tenth of the steps, then falls to 0."""
         return optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, warmup_steps=self.steps // 10, decay_steps=self.steps
         )
 
     def ours(self, make: Callable[..., Transformation], storage: str | None) -> Transformation:
-        """Return an optimizer of adam_jax, as a user would write it."""
+        """Return an adam_jax optimizer, as a user would write it."""
         mask = not_matching("bias", "norm")
         given = {"weight_decay": self.weight_decay, "weight_decay_mask": mask, "storage": storage}
         return chain(clip_by_global_norm(1.0), make(self.schedule(), **given))
@@ -75,6 +75,7 @@ class Classifier(nnx.Module):
         self.head = nnx.Linear(width, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the logits of a batch of images."""
         x = nnx.gelu(self.norm1(self.dense1(x)))
         x = nnx.gelu(self.norm2(self.dense2(x)))
         return self.head(x)
@@ -89,7 +90,7 @@ def loss(model: Classifier, images: jax.Array, labels: jax.Array) -> jax.Array:
 def train_chunk(
     model: Classifier, optimizer: nnx.Optimizer[Classifier], images: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    """Take one step for each batch along the leading axis, and return their losses."""
+    """Take a step for each batch along the leading axis, and return the losses."""
 
     @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
     def step(
@@ -105,12 +106,12 @@ def train_chunk(
 
 @nnx.jit
 def accuracy(model: Classifier, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the share of images that are classified correctly."""
+    """Return the share of correctly classified images."""
     return jnp.mean(model(images).argmax(axis=-1) == labels)
 
 
 def digits() -> list[np.ndarray]:
-    """Return training images, test images, training labels, and test labels; always the same."""
+    """Return training images, test images, training labels, and test labels."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
     split = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
@@ -123,7 +124,7 @@ def train(recipe: Recipe, tx: optax.GradientTransformation, label: str) -> Run:
     model = Classifier(nnx.Rngs(recipe.seed))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     rng = np.random.default_rng(recipe.seed)
-    # all chunks are of one size, so that a single compilation serves them all
+    # chunks of equal size need a single compilation
     size = max(n for n in range(1, LONGEST_CHUNK + 1) if recipe.steps % n == 0)
     losses, accuracies, seconds = [], [], []
     with tqdm(total=recipe.steps, desc=label, unit="step") as bar:

@@ -1,4 +1,4 @@
-"""The command line, `python -m adam_jax`: list the family, compare some, train, plan memory."""
+"""The command line, `python -m adam_jax`: list, compare, train, and memory."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from adam_jax.transforms.master_weights import master_weights
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line, without the usage."""
+    """A parser that doesn't print its usage in errors."""
 
     def error(self, message: str) -> NoReturn:
+        """Exit with the message in one line."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_options(command.add_argument)
         command.set_defaults(run=run, parser=command)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # the formulas are not ASCII
+        sys.stdout.reconfigure(errors="replace")  # the formulas aren't ASCII
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def number(
     kind: type[int] | type[float], low: int, *, above: bool = False
 ) -> Callable[[str], float]:
-    """Return an argument type: the finite numbers >= low, or > low if `above`."""
+    """Return an argument type for finite numbers >= low, or > low if `above`."""
     allowed = f"{'an integer' if kind is int else 'a number'} {'>' if above else '>='} {low}"
 
     def parse(text: str) -> float:
@@ -74,7 +75,7 @@ def number(
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
-    """Return an argument type: these names."""
+    """Return an argument type for these names."""
 
     def parse(name: str) -> str:
         if name not in names:
@@ -85,12 +86,12 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
 
 def picture(text: str) -> Path:
-    """Check the path of a picture before training starts."""
+    """Return the path of a picture, checked before training starts."""
     path = Path(text)
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg, got {text}")
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+        raise argparse.ArgumentTypeError(f"must be in an existing directory, got {path.parent}")
     return path
 
 
@@ -113,19 +114,19 @@ def compare_options(add: AddArgument) -> None:
     """Declare the options of `compare`."""
     known = "; ".join(f"{name}: {task.about}" for name, task in tasks.TASKS.items())
     names = one_of(constructors())
-    add("names", nargs="+", type=names, metavar="NAME", help="as `list` shows them")
+    add("names", nargs="+", type=names, metavar="NAME", help="as shown by `list`")
     add("--task", choices=tasks.TASKS, default="digits", help=known)
-    add("--steps", type=COUNT, metavar="N", help="of each run; None for the task's")
+    add("--steps", type=COUNT, metavar="N", help="per run; None for the task's")
     add("--learning-rates", type=POSITIVE, nargs="+", metavar="X", help="None for the task's")
-    add("--seeds", type=COUNT, metavar="N", help="how many; None for the task's")
+    add("--seeds", type=COUNT, metavar="N", help="the number of seeds; None for the task's")
     add("--plot", type=picture, default="adam_jax_compare.png", metavar="PATH", help="the picture")
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Train with several optimizers on a small task.
 
-    It takes several learning rates and seeds, prints a table, and draws the losses. The learning
-    rate rises for a tenth of the steps and falls to 0. On your own problem: adam_jax.compare(…).
+    It tries several learning rates and seeds, prints a table, and draws the losses. The learning
+    rate rises for a tenth of the steps and falls to 0. For your own problem: adam_jax.compare(…).
     """
     importlib.import_module("matplotlib")  # if it is missing, say so before training
 
@@ -145,7 +146,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def train_options(add: AddArgument) -> None:
-    """Declare the options of `train`: it needs a constructor that masks its weight decay."""
+    """Declare the options of `train`, which needs a constructor with a decay mask."""
     names = [
         name
         for name, make in constructors().items()
@@ -154,8 +155,8 @@ def train_options(add: AddArgument) -> None:
     one = f"one of {', '.join(names)}"
     add("--optimizer", type=one_of(names), default="adamw", metavar="NAME", help=one)
     add("--storage", metavar="FORMAT", help="the format of the moments, such as bfloat16")
-    add("--steps", type=COUNT, default=1000, metavar="N", help="of each run")
-    add("--learning-rate", type=POSITIVE, default=2e-3, metavar="X", help="at its peak")
+    add("--steps", type=COUNT, default=1000, metavar="N", help="per run")
+    add("--learning-rate", type=POSITIVE, default=2e-3, metavar="X", help="the peak")
     add("--weight-decay", type=number(float, 0), default=1.0, metavar="X", help="of the kernels")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="of parameters and batches")
     add("--plot", type=picture, default="adam_jax_train.png", metavar="PATH", help="the picture")
@@ -164,7 +165,7 @@ def train_options(add: AddArgument) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train a small Flax NNX classifier on scikit-learn's digits.
 
-    It trains first with optax.adamw and then with an optimizer of adam_jax, and draws both in one
+    It trains first with optax.adamw and then with an adam_jax optimizer, and draws both in one
     picture.
     """
     importlib.import_module("matplotlib")  # if it is missing, say so before training
@@ -182,7 +183,7 @@ def train(args: argparse.Namespace) -> None:
 
 def memory_options(add: AddArgument) -> None:
     """Declare the options of `memory`."""
-    add("--params", type=number(float, 1), required=True, metavar="N", help="how many, e.g. 7e9")
+    add("--params", type=number(float, 1), required=True, metavar="N", help="the number, e.g. 7e9")
     add("--devices", type=COUNT, default=1, metavar="N", help="that share the state by ZeRO-1")
 
 
@@ -203,14 +204,14 @@ MODES = {
 def show_memory(args: argparse.Namespace) -> None:
     """Show the memory of parameters, gradients, and AdamW's state in each format.
 
-    Activations and temporary buffers come on top. For your own model:
+    Activations and temporary buffers are extra. For your own model:
     adam_jax.memory_report(tx, params).
     """
     count, width = int(args.params), 4096
     columns = 4 if args.devices > 1 else 3
     rows = [("", "bytes/parameter", "total, GB", "GB per device")[:columns]]
     for name, (dtype, tx) in MODES.items():
-        # a single matrix, because small leaves, which stay unquantized, hardly count
+        # a single matrix, because small, unquantized leaves hardly count
         report = memory_report(tx, jax.ShapeDtypeStruct((-(-count // width), width), dtype))
         total = report.total_bytes / report.parameters
         state = report.state_bytes / report.parameters
@@ -228,4 +229,4 @@ COMMANDS = {
     "train": (train, train_options),
     "memory": (show_memory, memory_options),
 }
-"""The function that runs each command, whose docstring is its help, and its options."""
+"""The function that runs each command (its docstring is the help), and its options."""

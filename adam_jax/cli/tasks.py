@@ -1,4 +1,4 @@
-"""The problems of `python -m adam_jax compare`: small ones, in plain JAX."""
+"""Small problems in plain JAX for `python -m adam_jax compare`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ CONTEXT = 64
 WIDTH = 64
 HEADS = 4
 LAYERS = 2
-FIRST, LAST = 31, 126  # characters from space to tilde, and one before them for all others
+FIRST, LAST = 31, 126  # codes from space to tilde, and one below for other characters
 
 
 class Task(NamedTuple):
-    """The arguments of `compare` for a problem, with its defaults."""
+    """The arguments of `compare` for a problem, with defaults."""
 
     about: str
     """A description in one line."""
     init: Callable[[jax.Array], optax.Params]
     loss: Callable[[PyTree, PyTree], jax.Array]
     batches: Callable[[int], PyTree]
-    """From a number of steps to as many batches."""
+    """Returns a batch for each step."""
     steps: int
     learning_rates: tuple[float, ...]
     seeds: int
@@ -39,7 +39,7 @@ def scheduled(
 ) -> Callable[[float | jax.Array], optax.GradientTransformation]:
     """Return the constructor with a learning rate that rises for a tenth of the steps.
 
-    It then falls linearly to 0, except for Schedule-Free.
+    Except for Schedule-Free, it then falls linearly to 0.
     """
     rise = max(1, steps // 10)
     if make is schedule_free_adamw:
@@ -53,7 +53,7 @@ def scheduled(
 
 
 def digits_batches(steps: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and labels, drawn from scikit-learn's digits."""
+    """Return random images and labels from scikit-learn's digits."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -82,7 +82,7 @@ def digits_loss(
 
 
 def characters_batches(steps: int, size: int = 8) -> np.ndarray:
-    """Return windows of the language reference that ships with Python, as bytes from 0 on."""
+    """Return windows of the language reference that ships with Python, as codes from 0."""
     from pydoc_data.topics import topics
 
     text = np.frombuffer("\n".join(topics.values()).encode("latin-1", "replace"), np.uint8)
@@ -92,7 +92,7 @@ def characters_batches(steps: int, size: int = 8) -> np.ndarray:
 
 
 def characters_init(key: jax.Array) -> PyTree:
-    """Return a Transformer of two layers without biases: 115 thousand parameters."""
+    """Return a two-layer Transformer without biases: 115 thousand parameters."""
     keys = iter(jax.random.split(key, 3 + 4 * LAYERS))
     characters = LAST - FIRST + 1
     return {
@@ -118,7 +118,7 @@ def characters_loss(params: PyTree, windows: jax.Array) -> jax.Array:
 
 
 def characters_logits(params: PyTree, codes: jax.Array) -> jax.Array:
-    """Return the Transformer's prediction after each character, from the characters up to it."""
+    """Return the Transformer's logits for each next character."""
     x = params["characters"][codes] + params["positions"][None]
     for layer in params["layers"]:
         queries, keys, values = (

@@ -1,1 +1,1 @@
-"""What goes around an optimizer: chains, wrappers, groups, master weights, sharding."""
+"""Chains, wrappers, parameter groups, master weights, and state sharding."""

@@ -1,4 +1,4 @@
-"""`optax.chain` that keeps its parts visible, and clips inside the step that follows."""
+"""An `optax.chain` that shows its parts and clips inside the next optimizer's step."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from adam_jax.transforms.clip import GlobalNormClip
 
 
 def chain(*transformations: optax.GradientTransformation) -> Transformation:
-    """`optax.chain` that keeps its parts visible.
+    """Chain transformations as `optax.chain` does, with a readable repr.
 
-    `clip_by_global_norm` in front of one of our optimizers is computed inside its step.
+    A `clip_by_global_norm` directly before an adam_jax optimizer runs inside its step.
 
     Args:
-      *transformations: Optax transformations, ours or others, in the order in which they act.
+      *transformations: any Optax transformations, in order of application.
 
     Returns:
-      a transformation with the state of `optax.chain(*transformations)`, and its updates.
+      a transformation with the state and updates of `optax.chain(*transformations)`.
 
     Raises:
-      ValueError: at update, a state of another chain.
+      ValueError: at update, the state is from another chain.
 
     >>> import adam_jax
     >>> adam_jax.chain(adam_jax.clip_by_global_norm(1.0), adam_jax.lion(1e-4, weight_decay=1.0))
@@ -45,7 +45,7 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
             errors.transformation(f"argument {k + 1}", tx, "chain(clip, adamw)")
         errors.nothing_after(filter(is_exact, transformations[:-1]))
     sources = [source_of(tx) for tx in transformations]
-    inside = [  # clips that are computed inside the step that follows
+    is_fused = [  # clips that run inside the next optimizer's step
         isinstance(source, GlobalNormClip) and isinstance(after, Chain)
         for source, after in zip(sources, (*sources[1:], None), strict=False)
     ]
@@ -62,12 +62,12 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
         errors.chained(state, len(transformations))
         new = []
         for k, (tx, s) in enumerate(zip(transformations, state, strict=True)):
-            if k < last and not inside[k]:
+            if k < last and not is_fused[k]:
                 updates = upcast_updates(updates, params)
             seen, emits = (params, emit_params) if k == last else (to_float32(params), False)
-            if k > 0 and inside[k - 1]:
-                updates, s = _clipped(sources[k - 1], sources[k], updates, s, seen, extra, emits)
-            elif not inside[k]:
+            if k > 0 and is_fused[k - 1]:
+                updates, s = _clip_step(sources[k - 1], sources[k], updates, s, seen, extra, emits)
+            elif not is_fused[k]:
                 updates, s = step(tx, updates, s, seen, extra, emit_params=emits)
             new.append(s)
         return updates, tuple(new)
@@ -78,7 +78,7 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
     return transformation_of(transformations, init, update, text, emits_params=True, exact=exact)
 
 
-def _clipped(
+def _clip_step(
     clip: GlobalNormClip,
     chain: Chain,
     updates: PyTree,
@@ -87,7 +87,7 @@ def _clipped(
     extra: Mapping[str, PyTree],
     emit_params: bool,
 ) -> tuple[PyTree, PyTree]:
-    """Step one of our optimizers with clipping for its first link."""
+    """Run one step of `chain` with `clip` as its first link."""
     links = (clip.link(updates), *chain.links)
     states = (optax.EmptyState(), *((state,) if chain.bare else state))
     clipped = dataclasses.replace(chain, links=links, bare=False)

@@ -1,4 +1,4 @@
-"""Clipping by the global norm, inside the step of the optimizer that follows."""
+"""Clipping by the global norm, inside the next optimizer's step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from adam_jax._util.typing import Numeric, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class GlobalNormClip:
-    """The source of `clip_by_global_norm`."""
+    """The settings of `clip_by_global_norm`."""
 
     max_norm: Numeric
 
     def link(self, updates: PyTree) -> Link:
-        """Return the link that clips these updates."""
+        """Return a link that clips these updates."""
         wide = jax.tree.map(lambda u: u.astype(arithmetic_dtype(u.dtype)), updates)
         return link(rules.clip, {"norm": optax.tree.norm(wide), "max_norm": self.max_norm})
 
@@ -31,20 +31,20 @@ class GlobalNormClip:
 def clip_by_global_norm(max_norm: Numeric) -> Transformation:
     """Scale updates down to a global norm of at most max_norm.
 
-    In front of one of our optimizers in `adam_jax.chain` it is computed inside the optimizer's
-    step: the clipped gradients are never written, and not rounded to the gradients' dtype.
-    Elsewhere it is `optax.clip_by_global_norm`, with the norm in float32.
+    Directly before an adam_jax optimizer in `adam_jax.chain`, it runs inside the optimizer's step:
+    clipped gradients are neither stored nor rounded to the gradients' dtype. Elsewhere, it equals
+    `optax.clip_by_global_norm` with the norm computed in float32.
     Source: Pascanu et al. (2013), On the difficulty of training recurrent neural networks,
     Algorithm 1.
 
     Args:
-      max_norm: > 0, the largest norm of all updates together.
+      max_norm: > 0, the largest global norm allowed.
 
     Returns:
-      an Optax transformation without state.
+      a stateless Optax transformation.
 
     Raises:
-      ValueError: max_norm is not above 0.
+      ValueError: max_norm isn't > 0.
 
     >>> import adam_jax
     >>> adam_jax.chain(clip_by_global_norm(1.0), adam_jax.sgd(0.1))

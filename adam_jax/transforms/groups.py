@@ -1,4 +1,4 @@
-"""Parameter groups by path, as PyTorch's users know them, on top of `optax.partition`."""
+"""Parameter groups by path, like PyTorch's `param_groups`, built on `optax.partition`."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def groups(
     patterns: Mapping[str, Settings],
     **shared: PyTree,
 ) -> Transformation:
-    """One optimizer whose settings differ between groups of parameters.
+    """Make one optimizer whose settings differ between parameter groups.
 
     Args:
-      constructor: what makes each group's optimizer, such as `adamw` or `tunable(adamw)`.
-      patterns: for each regular expression, searched in paths such as "layers/0/kernel", what holds
-        for the leaves that it finds: arguments that differ from the shared ones, among them
-        `learning_rate_factor`, by which the shared learning rate (or its schedule) is multiplied;
-        "frozen"; or another Optax transformation.
-      **shared: the constructor's arguments, which also hold for all leaves that no pattern finds.
+      constructor: makes each group's optimizer, such as `adamw` or `tunable(adamw)`.
+      patterns: maps regular expressions, searched in paths such as "layers/0/kernel", to settings
+        for the matching leaves. Settings are a mapping of arguments that override the shared ones,
+        "frozen", or another Optax transformation. The argument `learning_rate_factor` multiplies
+        the shared learning rate or schedule.
+      **shared: arguments for all groups, and for leaves that match no pattern.
 
     Returns:
-      an Optax transformation; its state is `optax.partition`'s, with the patterns and "default" for
-      labels.
+      an Optax transformation with the state of `optax.partition`, whose labels are the patterns and
+      "default".
 
     Raises:
-      TypeError: the constructor is a transformation, or patterns are no mapping.
-      ValueError: at init, a pattern finds no leaf, or two find the same one; a setting is unknown.
+      TypeError: constructor is a transformation, or patterns isn't a mapping.
+      ValueError: settings are invalid; at init, a pattern matches no leaf, or two match one leaf.
 
     >>> import adam_jax, jax.numpy as jnp
     >>> tx = groups(
@@ -83,14 +83,14 @@ def _optimizer(
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"groups: {pattern!r} is not a regular expression ({error})") from None
+        raise ValueError(f"groups: {pattern!r} must be a regular expression ({error})") from None
     if errors.is_transformation(settings):
         return cast(optax.GradientTransformation, settings)
     if settings == "frozen":
         return optax.set_to_zero()
     if not isinstance(settings, Mapping):
         raise ValueError(
-            f"groups: the settings of {pattern!r} must be a mapping of arguments, 'frozen' or an "
+            f"groups: the settings of {pattern!r} must be a mapping of arguments, 'frozen', or an "
             f"Optax transformation, got {settings!r}"
         )
     own: dict[str, PyTree] = dict(settings)
@@ -98,8 +98,8 @@ def _optimizer(
     if factor is not None:
         if "learning_rate" in own or "learning_rate" not in shared:
             raise ValueError(
-                f"groups: {pattern!r} has a learning_rate_factor, which multiplies the shared "
-                f"learning_rate; give groups(..., learning_rate=) and no learning_rate of its own"
+                f"groups: the learning_rate_factor of {pattern!r} multiplies the shared "
+                f"learning_rate; pass groups(..., learning_rate=), and remove the pattern's own"
             )
         own["learning_rate"] = _scaled(shared["learning_rate"], factor)
     return constructor(**{**shared, **own})
@@ -113,8 +113,8 @@ def _label(path: str, patterns: Mapping[str, Settings]) -> str:
     found = [p for p in patterns if re.search(p, path)]
     if len(found) > 1:
         raise ValueError(
-            f"groups: {path!r} is claimed by {_some(map(repr, found))}; make the patterns exclude "
-            f"each other, e.g. with ^, $ or (?!...)"
+            f"groups: {path!r} must match one pattern, got {_some(map(repr, found))}; make them "
+            f"exclude each other, e.g. with ^, $, or (?!...)"
         )
     return found[0] if found else "default"
 

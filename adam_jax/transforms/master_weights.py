@@ -1,9 +1,9 @@
-"""bfloat16 parameters that lose nothing: the bits below them kept beside, or rounding by chance.
+"""Master weights and stochastic rounding for bfloat16 parameters.
 
-Plain bfloat16 parameters drop every update below half of their last digit, 1/256 of their size.
-The wrappers here go around everything that computes updates, and what they emit lands exactly under
-`optax.apply_updates`: a float32 difference that nothing may change on its way. While that function
-runs, a copy of the parameters is needed; `adam_jax.apply` steps them in place.
+Plain bfloat16 parameters lose updates below half of their last bit, up to 1/256 of their size. The
+wrappers here go around everything that computes updates. They emit float32 differences, which give
+exact parameters under `optax.apply_updates` if nothing changes them before. That function needs a
+copy of the parameters; `adam_jax.apply` updates them in place.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adam_jax._util.paths import is_box, map_with_path, unbox
 from adam_jax._util.typing import DType, KeyPath, PyTree
 
 REST = {32: jnp.int16, 24: jnp.int8}
-"""What the bits of a master below its upper 16 are kept in."""
+"""The dtype of the residual, by the bits of a master."""
 
 
 class MasterWeightsState(NamedTuple):
@@ -34,7 +34,7 @@ class MasterWeightsState(NamedTuple):
 
     step_count: jax.Array
     rest: PyTree
-    """The bits below each bfloat16 parameter; one zero for any other."""
+    """The residual of each bfloat16 parameter; one zero for others."""
     inner_state: optax.OptState
 
 
@@ -46,37 +46,36 @@ class StochasticRoundingState(NamedTuple):
 
 
 def master_weights(tx: optax.GradientTransformation, bits: int = 32) -> Transformation:
-    """Keeps the bits below bfloat16 parameters, which together with them are float32 masters.
+    """Keep float32 master weights: bfloat16 parameters, and their lower bits in the state.
 
-    The transformation inside sees the masters in the place of the parameters, and its updates move
-    them; the parameters are the masters, rounded. With 32 bits that is a float32 run, to the bit,
-    for 2 bytes per parameter beside the parameter's own 2. With 24 bits it is 1 byte: masters are
-    rounded stochastically to 16 significant bits, a relative error below 2⁻¹⁵ at a step and none
-    on average.
+    The inner transformation receives the masters as its parameters and updates them. The outer
+    parameters are the masters, rounded. With bits=32, the run equals a float32 run to the bit, and
+    the lower bits (the residual) take 2 bytes per parameter. With bits=24, they take 1 byte:
+    masters are rounded stochastically to 16 significant bits, with a relative error below 2⁻¹⁵ per
+    step and zero on average.
 
-    Leaves of other dtypes pass through, float16 among them: what fails there is the range, which
-    more bits below would not widen.
+    Leaves of other dtypes pass through, including float16: a residual can't extend its range.
 
-    Goes around all that computes updates: `optax.chain(optax.clip(1.0), ...)` inside, and only
-    `zero1`, `optax.MultiSteps`, `optax.apply_if_finite` and a Flax optimizer outside. The last of
-    Optax's wants gradients of the updates' dtype, float32 (cast them in front).
+    Put it around everything that computes updates, such as `optax.chain(optax.clip(1.0), ...)`.
+    Only `zero1`, `optax.MultiSteps`, `optax.apply_if_finite`, and a Flax optimizer go around it.
+    `optax.apply_if_finite` needs gradients cast to the updates' dtype, float32.
 
-    Updates land exactly where the new parameter is 0 or has at least 2⁻¹⁵ of the old one's size.
-    What the float32 addition of `optax.apply_updates` cannot reach becomes the neighbour that it
-    can, and the rest is taken from there; numbers below 2⁻¹²⁶ count as 0.
-    Source of the split: FlashOptim (2026), arXiv:2602.23349; here it is of what the addition gives.
+    `optax.apply_updates` is exact if the new parameter is 0 or at least 2⁻¹⁵ of the old one's size.
+    If its float32 addition can't produce the new parameter, the result is a neighbor, and the
+    residual is relative to it. Numbers below 2⁻¹²⁶ count as 0.
+    Source: FlashOptim (2026), arXiv:2602.23349; computing the residual after the addition is ours.
 
     Args:
-      tx: any Optax transformation; ours is stepped without a float32 copy of anything.
-      bits: 32 or 24, of a master, its parameter's 16 among them.
+      tx: any Optax transformation; adam_jax optimizers make no float32 copies.
+      bits: 32 or 24, the bits of a master, including its parameter's 16.
 
     Returns:
       a transformation whose updates are float32 for bfloat16 parameters, and whose state is a
       `MasterWeightsState`.
 
     Raises:
-      ValueError: bits is neither; at init, a float64 leaf; at update, params are missing, or are
-        not those of init.
+      ValueError: bits isn't 32 or 24; at init, a leaf is float64; at update, params are missing or
+        don't match init.
 
     >>> import adam_jax, jax.numpy as jnp, optax
     >>> tx = master_weights(adam_jax.adamw(1e-4), bits=24)
@@ -90,37 +89,37 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 32) -> Transfor
     """
     with errors.error_context("master_weights"):
         errors.number_of("bits", bits, list(REST))
-    kept = REST[bits]
+    residual_dtype = REST[bits]
 
     def init(params: PyTree) -> MasterWeightsState:
         with errors.error_context("master_weights"):
             map_with_path(errors.no_wider_than_float32, params)
-            rest = jax.tree.map(lambda p: _rest(p, kept), params, is_leaf=is_box)
+            rest = jax.tree.map(lambda p: _zero_residual(p, residual_dtype), params, is_leaf=is_box)
             return MasterWeightsState(jnp.zeros([], jnp.int32), rest, tx.init(_to_float32(params)))
 
-    return _around(tx, "master_weights", f"bits={bits}", init, kept)
+    return _wrap(tx, "master_weights", f"bits={bits}", init, residual_dtype)
 
 
 def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> Transformation:
-    """Rounds what updates bfloat16 parameters by chance, so that on average none is lost.
+    """Round bfloat16 parameters stochastically, so that no update is lost on average.
 
-    p + u becomes one of the two bfloat16 numbers beside it, the nearer one more often: the mean is
-    p + u. There is no state but a count of steps; a parameter's noise stays that of its 8
-    significant bits. The transformation inside sees the parameters, gradients and its own updates
-    in float32. Draws are a hash of seed, path, step and place: the same on every replica and in
-    every layout, and other ones with another seed. Where it goes in a chain, and what passes
-    through, `master_weights` tells.
+    p + u is rounded to one of its two bfloat16 neighbors, the nearer one more often, so that the
+    mean is p + u. The only state is a step count. Parameters keep the rounding noise of 8
+    significant bits. The inner transformation receives parameters and gradients in float32, and
+    its updates stay float32. Random bits are a hash of seed, path, step, and position, independent
+    of replica and sharding. For its place in a chain and the leaves that pass through, see
+    `master_weights`.
 
     Args:
       tx: any Optax transformation.
-      seed: from 0 up to 2³² - 1.
+      seed: an integer from 0 to 2³² - 1.
 
     Returns:
       a transformation whose updates are float32 for bfloat16 parameters, and whose state is a
       `StochasticRoundingState`.
 
     Raises:
-      ValueError: the seed is out of range; at init, a float64 leaf; at update, params are missing.
+      ValueError: seed is out of range; at init, a leaf is float64; at update, params are missing.
 
     >>> import adam_jax, jax.numpy as jnp, optax
     >>> tx = stochastic_rounding(optax.sgd(1e-3))
@@ -138,45 +137,45 @@ def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> Tran
             map_with_path(errors.no_wider_than_float32, params)
             return StochasticRoundingState(jnp.zeros([], jnp.int32), tx.init(_to_float32(params)))
 
-    return _around(tx, "stochastic_rounding", f"seed={seed}", init, None, seed)
+    return _wrap(tx, "stochastic_rounding", f"seed={seed}", init, None, seed)
 
 
 def get_master_weights(params: optax.Params, state: PyTree) -> optax.Params:
-    """The float32 masters that `master_weights` keeps: to evaluate with, and for checkpoints.
+    """Return the float32 masters of `master_weights`, for evaluation or checkpoints.
 
     Args:
       params: the parameters that belong to the state.
-      state: the state of `master_weights`, also inside others, or `nnx.Optimizer.opt_state`.
+      state: a state that contains the state of `master_weights`; also `nnx.Optimizer.opt_state`.
 
     Returns:
-      float32 for each bfloat16 leaf, the others as they are, in the structure of `params`.
+      `params` with float32 masters in place of bfloat16 leaves.
 
     Raises:
-      ValueError: the state holds no masters, or several.
+      ValueError: the state has no masters, or several.
     """
     found = [s for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
     if len(found) != 1:
         errors.not_one("get_master_weights", "states of master_weights", len(found))
     leaves, treedef = jax.tree.flatten(params)
-    rests = jax.tree.leaves(found[0].rest)
+    residuals = jax.tree.leaves(found[0].rest)
     with errors.error_context("get_master_weights"):
-        errors.as_many(leaves, rests)
+        errors.as_many(leaves, residuals)
 
     def master(p: PyTree, rest: jax.Array) -> PyTree:
         return to_arithmetic(SplitParam(p, rest, None), jnp.float32) if _is_bfloat16(p) else p
 
-    return treedef.unflatten(map(master, leaves, rests))
+    return treedef.unflatten(map(master, leaves, residuals))
 
 
-def _around(
+def _wrap(
     tx: optax.GradientTransformation,
     name: str,
     settings: str,
     init: Callable[[optax.Params], optax.OptState],
-    kept: DType,
+    residual_dtype: DType,
     seed: int = 0,
 ) -> Transformation:
-    """Return tx, which steps bfloat16 parameters as SplitParams with residuals of dtype `kept`."""
+    """Wrap tx to step bfloat16 parameters as SplitParams with residuals of this dtype."""
     with errors.error_context(name):
         errors.transformation("tx", tx, f"{name}(tx)")
         errors.nothing_after(filter(is_exact, [tx]))
@@ -192,24 +191,24 @@ def _around(
         errors.parameters_given(params)
         tree = Tree(updates)
         old = tree.like("parameters", params)
-        rests = tree.like("state", None if kept is None else state.rest)
-        seed_of_step = None if kept == jnp.int16 else _step_seed(state.step_count, seed)
+        residuals = tree.like("state", None if residual_dtype is None else state.rest)
+        seed_of_step = None if residual_dtype == jnp.int16 else _step_seed(state.step_count, seed)
 
         def split(path: KeyPath, p: PyTree, rest: PyTree) -> PyTree:
-            errors.rest(path, p, rest, kept)
+            errors.rest(path, p, rest, residual_dtype)
             return SplitParam(p, rest, seed_of_step) if _is_bfloat16(p) else p
 
         paths = [path for path, _ in tree.leaves]
-        inside = tree.with_leaves(list(map(split, paths, old, rests)))
+        inside = tree.with_leaves(list(map(split, paths, old, residuals)))
         new, inner = step(tx, updates, state.inner_state, inside, extra, emit_params=emit_params)
         new = tree.like("parameters", new)
         state = state._replace(step_count=optax.safe_increment(state.step_count), inner_state=inner)
-        if kept is not None:
-            rests = [getattr(p, "residual", rest) for p, rest in zip(new, rests, strict=True)]
-            state = state._replace(rest=tree.with_leaves(rests, state.rest))
+        if residual_dtype is not None:
+            residuals = [getattr(p, "residual", r) for p, r in zip(new, residuals, strict=True)]
+            state = state._replace(rest=tree.with_leaves(residuals, state.rest))
         if not emit_params:
             gradients = [u for _, u in tree.leaves]
-            return tree.with_leaves(list(map(_emitted, gradients, old, new))), state
+            return tree.with_leaves(list(map(_emit_update, gradients, old, new))), state
         return tree.with_leaves(list(map(value, new))), state
 
     named = errors.error_context(name)(update)
@@ -217,15 +216,15 @@ def _around(
     return transformation_of((tx,), init, named, text, emits_params=True, exact=True)
 
 
-def _emitted(gradient: PyTree, old: PyTree, new: PyTree) -> PyTree:
-    """What is to be added to a parameter: exact in float32, or as the transformation gave it."""
+def _emit_update(gradient: PyTree, old: PyTree, new: PyTree) -> PyTree:
+    """Return a parameter's update: a float32 difference if it is split, else tx's update."""
     if gradient is None or not is_split(new):
         return None if gradient is None else new
     return new.value.astype(jnp.float32) - old.astype(jnp.float32)
 
 
-def _rest(p: PyTree, dtype: DType) -> PyTree:
-    """No bits below the parameter yet, laid out as it is; one zero for what is not bfloat16."""
+def _zero_residual(p: PyTree, dtype: DType) -> PyTree:
+    """Return a zero residual with the sharding of p; one zero if p isn't bfloat16."""
     leaf = unbox(p)
     if _is_bfloat16(leaf):
         return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), p)
@@ -233,7 +232,7 @@ def _rest(p: PyTree, dtype: DType) -> PyTree:
 
 
 def _to_float32(params: optax.Params) -> optax.Params:
-    """Return the parameters that the transformation inside is initialized with."""
+    """Return the parameters with bfloat16 leaves cast to float32."""
     return jax.tree.map(lambda p: p.astype(jnp.float32) if _is_bfloat16(p) else p, params)
 
 

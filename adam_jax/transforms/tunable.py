@@ -1,4 +1,4 @@
-"""Hyperparameters in the state: read them, log them, change them between steps."""
+"""Hyperparameters in the state, to read, log, and change between steps."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ class TunableState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # tuple has a method of that name
     hyperparams: dict[str, jax.Array]
-    """Each hyperparameter as the last step used it."""
+    """The values of the last step, or set since."""
     set_to: dict[str, jax.Array]
-    """What it was set to."""
+    """The values that were set."""
     is_set: dict[str, jax.Array]
-    """Whether that overrides what the constructor was given."""
+    """Whether `set_to` overrides the constructor's argument."""
     inner_state: optax.OptState
 
 
 def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[P, Transformation]:
-    """The constructor of an optimizer whose state carries its hyperparameters.
+    """Wrap a constructor so that its optimizer stores hyperparameters in the state.
 
-    Every number, scalar array and schedule among the arguments can be read with `get_hyperparams`
-    and changed with `set_hyperparams`, without a new trace. What a moment starts at cannot.
+    `get_hyperparams` reads and `set_hyperparams` changes every number, scalar array, and schedule
+    among the arguments, without retracing. Initial values of moments are excluded.
 
     Args:
-      constructor: one of ours, such as `adamw`, or one that takes our names for its numbers.
+      constructor: an adam_jax constructor such as `adamw`, or one with the same argument names.
 
     Returns:
-      a constructor with the same arguments. Its state is `TunableState`, around that of the
-      optimizer.
+      a constructor with the same arguments. Its optimizer's state is a `TunableState` around the
+      original state.
 
     >>> import adam_jax, jax.numpy as jnp
     >>> tx = tunable(adam_jax.adamw)(1e-3, weight_decay=0.1)
@@ -70,7 +70,7 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
     def make(*args: P.args, **kwargs: P.kwargs) -> Transformation:
         with errors.error_context(name):
             bound = errors.arguments(signature, args, kwargs)
-            example = constructor(*args, **kwargs)  # so that bad arguments raise here
+            example = constructor(*args, **kwargs)  # bad arguments raise here
         bound.apply_defaults()
         given = {k: v for k, v in bound.arguments.items() if is_tunable(k) and v is not None}
 
@@ -119,7 +119,7 @@ def _effective(
     is_set: Mapping[str, PyTree],
     count: jax.Array,
 ) -> dict[str, PyTree]:
-    """The values of a step: what was set, else what was given. Decay rates keep their digits."""
+    """Return a step's values: set ones override given ones. Decay rates stay precise."""
     values: dict[str, PyTree] = {}
     value: PyTree
     for name, value in given.items():
@@ -140,38 +140,38 @@ def _numbers(values: Mapping[str, PyTree]) -> dict[str, jax.Array]:
 
 
 def get_hyperparams(state: PyTree, *, group: str | None = None) -> dict[str, jax.Array]:
-    """The hyperparameters that the last step used, or the first will use.
+    """Return the hyperparameters of the last step, or as set since.
 
     Args:
-      state: the state of a `tunable` optimizer, also inside chains, masks, `groups`; or
+      state: a state that contains the state of one `tunable` optimizer; also
         `nnx.Optimizer.opt_state`.
-      group: which, where there are `groups`: its pattern, or "default".
+      group: the pattern of one of the `groups`, or "default".
 
     Returns:
-      float32 scalars by name. A schedule's value is that of the last step.
+      float32 scalars by name. A schedule gives its value at the last step.
 
     Raises:
-      ValueError: the state has no hyperparameters, or those of several groups.
+      ValueError: the state has no hyperparameters, or hyperparameters of several groups.
     """
     found = _find("get_hyperparams", state, group)
     return {k: jax.tree.leaves(v)[0] for k, v in found.hyperparams.items()}
 
 
 def set_hyperparams(state: PyTree, *, group: str | None = None, **values: Numeric | None) -> PyTree:
-    """The state with other hyperparameters from the next step on.
+    """Return a state with other hyperparameters from the next step on.
 
     Args:
       state: the state of a `tunable` optimizer; see `get_hyperparams`.
-      group: which, where there are `groups`.
-      **values: numbers or scalar arrays by name. One overrides its schedule until it is set to
-        None, which brings back what the constructor was given.
+      group: see `get_hyperparams`.
+      **values: numbers or scalar arrays by name. A number replaces a schedule. None restores the
+        constructor's argument.
 
     Returns:
       a new state.
 
     Raises:
       ValueError: a number is out of range; the state has no hyperparameters, or several groups'.
-      TypeError: there is no hyperparameter of that name, or a value is no number.
+      TypeError: there is no hyperparameter of that name, or a value isn't a number.
     """
     found = _find("set_hyperparams", state, group)
     with errors.error_context("set_hyperparams"):
@@ -201,7 +201,7 @@ def set_hyperparams(state: PyTree, *, group: str | None = None, **values: Numeri
 
 
 def _find(caller: str, state: PyTree, group: str | None) -> TunableState:
-    """The one tunable state that is meant."""
+    """Return the only TunableState, within a group if given."""
     found = {}
     for path, s in named_tuples(state):
         if isinstance(s, TunableState):

@@ -1,4 +1,4 @@
-"""Wrappers around any direction, ours or Optax's, that look at it beside the gradient."""
+"""Wrappers around a direction, such as `scale_by_adam()`, that also use the gradient."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from adam_jax.transforms.chain import chain
 
 
 def cautious(tx: optax.GradientTransformation) -> Transformation:
-    """Drops what of a direction points against the gradient, and rescales the rest.
+    """Zero the components of a direction that oppose the gradient, and rescale the others.
 
-    u·φ / max(mean φ, 1e-3) with φ = 1 where u·g > 0, leaf by leaf. The state is that of `tx`.
+    Per leaf: u·φ / max(mean φ, 1e-3), with φ = 1 where u·g > 0. The state is the state of `tx`.
     Source: Liang et al. (2024), Cautious Optimizers: Improving Training with One Line of Code.
 
     Args:
-      tx: a direction, such as `scale_by_adam()`: what is to be multiplied by the learning rate.
+      tx: a direction, such as `scale_by_adam()`, to be multiplied by the learning rate afterwards.
 
     Raises:
       ValueError: tx is a finished optimizer, whose updates point against the gradient.
@@ -43,7 +43,9 @@ def cautious(tx: optax.GradientTransformation) -> Transformation:
 
 
 def grams(tx: optax.GradientTransformation) -> Transformation:
-    """Gives a direction's sizes the gradient's signs: sign(g)·|u|. The state is that of `tx`.
+    """Combine a direction's magnitudes with the gradient's signs: sign(g)·|u|.
+
+    The state is the state of `tx`.
 
     Source: Cao et al. (2024), Grams: Gradient Descent with Adaptive Momentum Scaling.
 
@@ -67,17 +69,17 @@ def mars(
     storage: Storage = None,
     implementation: str = "auto",
 ) -> Transformation:
-    """Hands a direction a variance-reduced gradient: g + γ·b1/(1 - b1)·(g - g_prev).
+    """Pass a variance-reduced gradient to `tx`: g + γ·b1/(1 - b1)·(g - g_prev).
 
-    It is clipped to norm 1 leaf by leaf. This is the paper's approximate form: g_prev is the last
-    batch's gradient, not this batch's at the last parameters. It starts at 0, as in the authors'
-    code. The state is (its own with g_prev, that of `tx`).
+    Each of its leaves is clipped to norm 1. This is the paper's approximate form: g_prev is the
+    previous batch's gradient, not this batch's at the previous parameters. g_prev starts at 0, as
+    in the authors' code. The state is the pair (state with g_prev, state of `tx`).
     Source: Yuan et al. (2024), MARS: Unleashing the Power of Variance Reduction, Algorithm 2.
 
     Args:
       tx: a direction or an optimizer.
-      gamma: ≥ 0, how much of the variance is taken away.
-      b1: decay rate of the momentum in tx, in [0, 1).
+      gamma: ≥ 0, the strength of the variance reduction.
+      b1: in [0, 1), the decay rate of the momentum in tx.
 
     >>> import adam_jax
     >>> tx = mars(adam_jax.adamw(3e-3, b1=0.95, b2=0.99))
@@ -117,11 +119,11 @@ def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
 def _descends(tx: optax.GradientTransformation) -> bool:
     """Whether the updates of a transformation point against the gradient.
 
-    One of Optax's can't be looked into, so two steps of a scalar find out; the first update of some
-    is 0, at the start of a warmup for example. What fails here, or is traced, is taken for a
-    direction: it may be made for another tree, and its own errors come at init.
+    Optax's transformations can't be inspected, so take two steps on a scalar; the first update may
+    be 0, for example in a warmup. If that fails or is traced, assume a direction: `tx` may be made
+    for another tree, and raises its own errors at init.
     """
-    if isinstance(source_of(tx), Chain):  # whose links say what they are
+    if isinstance(source_of(tx), Chain):  # `_follow` has checked its links
         return False
 
     def two_updates(one: jax.Array) -> PyTree:

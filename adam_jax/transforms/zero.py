@@ -1,8 +1,8 @@
-"""State spread over devices: its shardings from those of the parameters, and ZeRO-1 in one line.
+"""Sharding of optimizer state: derived from the parameters' shardings, or ZeRO-1.
 
-A moment lies as its parameter does. JAX can tell so itself: with explicit mesh axes a sharding is
-part of an array's type, and tracing `init` gives the type of every leaf of any transformation's
-state. That is asked here whatever kind of axes the mesh has.
+Moments are sharded like their parameters. With explicit mesh axes, a sharding is part of an array's
+type, so tracing `init` gives the sharding of every leaf of any transformation's state. This module
+traces with explicit axes whatever the mesh's axis types.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ def state_sharding(
     mesh: Mesh | None = None,
     memory_kind: str | None = None,
 ) -> PyTree:
-    """How the state of `tx` lies on the devices of its parameters: a tree of `NamedSharding`s.
+    """Return the sharding of the state of `tx`, derived from its parameters' shardings.
 
-    Moments, codes and the bits below parameters lie as their parameter does. So do the scales of
-    codes along every axis that the devices divide; along the others they are whole on each device,
-    as counts and the like are. `memory_report(tx, params)` shows what each device holds.
+    Moments, codes, and residuals are sharded like their parameter. Scales are sharded like it along
+    every axis that divides evenly over the devices, and replicated along the others. Scalars such
+    as step counts are replicated. `memory_report(tx, params)` shows the bytes on each device.
 
-    For `jax.jit(tx.init, out_shardings=state_sharding(tx, params))(params)`: a jitted init does not
-    spread its results by itself. An eager one does.
+    Use it as `jax.jit(tx.init, out_shardings=state_sharding(tx, params))(params)`. A jitted init
+    doesn't shard its results by itself; an eager init does.
 
     Args:
-      tx: any Optax transformation, chains and `zero1` among them.
+      tx: any Optax transformation, including chains and `zero1`.
       params: arrays or `jax.ShapeDtypeStruct`s, with shardings unless specs are given.
       specs: PartitionSpecs of the parameters, or of subtrees of them.
-      mesh: of the specs; that of the parameters' shardings by default.
-      memory_kind: where the state is to lie, such as "pinned_host" for host memory; by default in
-        the devices' own.
+      mesh: the mesh of the specs; by default, the mesh of the parameters.
+      memory_kind: the memory for the state, such as "pinned_host" for host memory; by default,
+        device memory.
 
     Returns:
-      a `NamedSharding` for each leaf of the state, in its structure.
+      a tree like the state, with a `NamedSharding` for each leaf.
 
     Raises:
-      ValueError: there is no mesh, neither given nor among the parameters' shardings.
+      ValueError: mesh is not given, and the parameters have none.
 
     >>> import adam_jax, jax, jax.numpy as jnp
     >>> mesh = jax.make_mesh((1,), ("data",))
@@ -88,37 +88,39 @@ def zero1(
     axis: str = "data",
     specs: PyTree | None = None,
 ) -> Transformation:
-    """ZeRO-1: parameters on every device, their state spread over the axis along which data is.
+    """Shard the optimizer state over the data axis, and replicate the parameters (ZeRO-1).
 
-    Gradients go into the state's layout (a reduce-scatter, where XLA finds the all-reduce in front
-    of it), each device steps its part, and what comes out is gathered: updates, or with
-    `adam_jax.apply` the new parameters, which for bfloat16 is half of that. Moments, codes and the
-    bits below parameters never leave their device. Norms and means, such as the one in
-    `optax.clip_by_global_norm` inside, are of whole arrays, and random draws depend on an element's
-    place in them: a step is that of one device. Where a shard's edge cuts a block of codes, its
-    largest element is found across devices.
+    Gradients are resharded like the state (a reduce-scatter if XLA merges the preceding
+    all-reduce), each device steps its shard, and the updates are gathered. With `adam_jax.apply`,
+    the new parameters are gathered instead; bfloat16 parameters are half the size of float32
+    updates. Moments, codes, and residuals never leave their device.
 
-    A leaf is spread along its first axis that the devices divide; one without such an axis stays
-    whole on each. `memory_report(tx, params)` says what a device holds and what stays whole.
+    A step equals the step on one device: norms and means, such as the norm in
+    `optax.clip_by_global_norm`, are over whole arrays, and random bits depend on positions in whole
+    arrays. If shards split a block of codes, its maximum is computed across devices.
 
-    It is for `jit`, with automatic or explicit axes; goes around everything that computes updates,
-    `master_weights` too. The state is that of `tx`; to make it under jit needs no out_shardings.
+    A leaf is sharded along its first axis that divides evenly over the devices; a leaf without one
+    is replicated. `memory_report(tx, params)` shows bytes per device and replicated leaves.
+
+    Use it under `jit`, with automatic or explicit axes, around everything that computes updates,
+    including `master_weights`. The state is the state of `tx`; a jitted init needs no
+    out_shardings.
     Source: Rajbhandari et al. (2020), ZeRO, stage 1.
 
     Args:
       tx: any Optax transformation.
-      mesh: the devices.
-      axis: the name of the mesh axis to spread over.
+      mesh: the mesh of devices.
+      axis: the name of the mesh axis to shard over.
       specs: PartitionSpecs of parameters that are sharded over other axes of the mesh, or of
-        subtrees of them. Explicit axes tell by themselves. On automatic ones parameters are taken
-        to be whole: where they are not, results are right, but more is gathered than needs be.
+        subtrees of them. Explicit axes don't need them. With automatic axes, parameters without
+        specs are assumed replicated; if they aren't, results are right, but the gather is larger.
 
     Returns:
       a transformation with the state and updates of `tx`.
 
     Raises:
       ValueError: the mesh has no such axis.
-      TypeError: tx is no transformation, or mesh no mesh.
+      TypeError: tx isn't a transformation, or mesh isn't a mesh.
 
     >>> import adam_jax, jax, jax.numpy as jnp
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
@@ -135,25 +137,25 @@ def zero1(
     explicit = AxisType.Explicit in mesh.axis_types
     specs = _unboxed(specs)
 
-    def whole(params: PyTree) -> PyTree:
-        """How parameters lie outside."""
+    def outer_specs(params: PyTree) -> PyTree:
+        """Return the specs of the given parameters."""
         if specs is not None:
             return _broadcast(specs, params)
         return jax.tree.map(lambda p: _spec(p) if is_explicit(p) else P(), params)
 
-    def spread(params: PyTree) -> PyTree:
-        """How they lie inside."""
+    def inner_specs(params: PyTree) -> PyTree:
+        """Return their specs during a step."""
         return jax.tree.map(
-            lambda p, spec: _spread(mesh, axis, spec, p.shape), params, whole(params)
+            lambda p, spec: _spread(mesh, axis, spec, p.shape), params, outer_specs(params)
         )
 
-    def of_state(params: PyTree, layout: PyTree) -> PyTree:
+    def state_layout(params: PyTree, layout: PyTree) -> PyTree:
         return state_sharding(tx, params, layout, mesh)
 
     def init(params: PyTree) -> PyTree:
         params = _unboxed(params)
-        layout = spread(params)
-        return _place(mesh, tx.init(_place(mesh, params, layout)), of_state(params, layout))
+        layout = inner_specs(params)
+        return _place(mesh, tx.init(_place(mesh, params, layout)), state_layout(params, layout))
 
     def update(
         updates: PyTree,
@@ -168,15 +170,15 @@ def zero1(
         boxes = params if emit_params else updates
         updates, params = _unboxed(updates), _unboxed(params)
         like = updates if params is None else params
-        layout = spread(like)
+        layout = inner_specs(like)
         inside = None if params is None else _place(mesh, params, layout)
         updates = _place(mesh, updates, layout)
         specs_by_key = {} if explicit else by_key(layout)
         with making_known({k: NamedSharding(mesh, spec) for k, spec in specs_by_key.items()}):
             out, state = step(tx, updates, state, inside, extra, emit_params=emit_params)
-        if _guessed(out):  # by the partitioner, where nothing tells it how results lie
-            state = _place(mesh, state, of_state(like, layout))
-        out = _place(mesh, out, whole(like))
+        if _has_auto_tracers(out):  # or the partitioner chooses the sharding
+            state = _place(mesh, state, state_layout(like, layout))
+        out = _place(mesh, out, outer_specs(like))
         return jax.tree.map(rebox, boxes, out, is_leaf=lambda x: x is None or is_box(x)), state
 
     text = f"zero1({describe(tx)}, {dict(mesh.shape)}, axis={axis})"
@@ -184,9 +186,9 @@ def zero1(
 
 
 def _spread(mesh: Mesh, axis: str, spec: P, shape: Sequence[int]) -> P:
-    """The spec with the axis on the first of the array's that it divides, free ones before others.
+    """Return the spec with `axis` added to the first divisible array axis, unsharded ones first.
 
-    As it is, where there is none, or where the array is spread over the axis already.
+    Return `spec` itself if there is none, or if it has `axis` already.
     """
     entries = [names(entry) for entry in (*spec, *[None] * (len(shape) - len(spec)))]
     if any(axis in entry for entry in entries):
@@ -201,7 +203,7 @@ def _spread(mesh: Mesh, axis: str, spec: P, shape: Sequence[int]) -> P:
 
 
 def _place(mesh: Mesh, tree: PyTree, layout: PyTree) -> PyTree:
-    """Shard every array of a tree, inside a jitted function and outside."""
+    """Shard every array of a tree, under jit or eagerly."""
 
     def place(x: PyTree, sharding: PyTree) -> PyTree:
         if x is None:
@@ -210,7 +212,7 @@ def _place(mesh: Mesh, tree: PyTree, layout: PyTree) -> PyTree:
         if not isinstance(x, Tracer):
             return jax.device_put(x, NamedSharding(mesh, spec))
         typed = jax.typeof(x).sharding.mesh if is_explicit(x) else mesh
-        if AxisType.Explicit in typed.axis_types:  # of the context, as in state_sharding
+        if AxisType.Explicit in typed.axis_types:  # as in state_sharding
             return jax.reshard(x, NamedSharding(typed, spec))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
@@ -218,16 +220,16 @@ def _place(mesh: Mesh, tree: PyTree, layout: PyTree) -> PyTree:
 
 
 def _unboxed(tree: PyTree) -> PyTree:
-    """Return the tree without boxes of Flax: the shardings that they name aren't the state's."""
+    """Remove Flax's boxes, because the shardings that they name aren't the state's."""
     return jax.tree.map(unbox, tree, is_leaf=is_box)
 
 
-def _guessed(tree: PyTree) -> bool:
+def _has_auto_tracers(tree: PyTree) -> bool:
     return any(isinstance(x, Tracer) and not is_explicit(x) for x in jax.tree.leaves(tree))
 
 
 def _spec(x: PyTree) -> P:
-    """How an array lies: an entry for each axis that is sharded."""
+    """Return the PartitionSpec of an array; empty without one."""
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
     return getattr(sharding, "spec", P())
 
@@ -238,7 +240,7 @@ def _mesh(params: PyTree) -> PyTree:
 
 
 def _broadcast(specs: PyTree, params: PyTree) -> PyTree:
-    """A spec for each parameter, where one may stand for a subtree."""
+    """Return a spec for each parameter; one in `specs` may cover a subtree."""
     return jax.tree.map(
         lambda spec, subtree: jax.tree.map(lambda _: P() if spec is None else spec, subtree),
         specs,
