@@ -1,1 +1,1 @@
-"""One command each: `python -m benchmarks.NAME` prints a table and writes its figures as JSON."""
+"""Benchmarks: `python -m benchmarks.NAME` prints a table and writes its figures as JSON."""

@@ -1,4 +1,4 @@
-"""How far a float32 step is from the exact one, ours and Optax's.
+"""The error of Adam's first step in float32, in Optax and in adam_jax.
 
 python -m benchmarks.accuracy
 """
@@ -14,7 +14,7 @@ from benchmarks import report
 
 
 def first_step_error(make, b2: float) -> float:
-    """The relative error of Adam's first direction, which is exactly the gradient's sign."""
+    """Return the relative error of Adam's first direction; the exact one is sign(g)."""
     tx = make(b2=b2, eps=0.0)
     g = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32)
     direction = np.asarray(tx.update(g, tx.init(g))[0], np.float64)

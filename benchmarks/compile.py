@@ -1,9 +1,9 @@
-"""What happens before and around a step: tracing, lowering, compiling, eager dispatch.
+"""The time before and around a step: tracing, lowering, compiling, and eager updates.
 
 python -m benchmarks.compile       # 10 minutes
 
-A step is (params, state, gradients) → (params, state), jitted anew and with JAX's caches empty.
-Optax and we take turns; ratios are medians of the ratios within each round.
+A step is (params, state, gradients) → (params, state), jitted anew with JAX's caches empty.
+Optax and adam_jax take turns; ratios are medians of the ratios within each round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADAMW = {"optax": optax.adamw, "ours": adam_jax.adamw}
 
 
 def step(tx: Any) -> Callable[..., Any]:
-    """A function anew, so that nothing of it is cached."""
+    """Return a new function, for which JAX has nothing cached."""
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = tx.update(grads, state, params)
@@ -35,9 +35,9 @@ def step(tx: Any) -> Callable[..., Any]:
 
 
 class Build:
-    """Builds a tree's step anew, again and again.
+    """Repeated builds of a tree's step.
 
-    Garbage is collected beforehand: a collection in the middle would be the loser's bad luck.
+    Garbage is collected beforehand, so that no collection falls into a timed build.
     """
 
     def __init__(self, make: Callable[..., Any], tree: Any):
@@ -53,7 +53,7 @@ class Build:
         return time.perf_counter() - start, lowered
 
     def seconds(self) -> tuple[float, float]:
-        """To trace and lower it, and to compile it."""
+        """Return the seconds to trace and lower, and to compile."""
         lowering, lowered = self.lower()
         start = time.perf_counter()
         lowered.compile()
@@ -61,7 +61,7 @@ class Build:
 
 
 class Eager:
-    """Updates op by op: each call makes one and returns its seconds."""
+    """Eager updates: each call makes one and returns its seconds."""
 
     def __init__(self, make: Callable[..., Any], tree: Any):
         self.tx, self.params = make(1e-3), trees.arrays(tree)

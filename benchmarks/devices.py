@@ -1,7 +1,7 @@
-"""On paper: bytes on each device, and those it sends in a step, for each way to spread a model.
+"""Calculated bytes on each device, and bytes it sends in a step, for each way to shard a model.
 
-docs/devices.md shows the table; tests/transforms/test_processes.py holds the formulas against real
-programs at small sizes. python -m benchmarks.devices
+docs/devices.md shows the table; tests/transforms/test_processes.py checks the formulas against
+compiled programs at small sizes. python -m benchmarks.devices
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from benchmarks import report
 
 
 class Mode(NamedTuple):
-    """Bytes per parameter. A device keeps `whole` of all parameters, and a share of `spread`.
+    """Bytes per parameter: `whole` is replicated, and `spread` is split over the devices.
 
-    `reduced` is what gradients are summed in, `gathered` what is gathered anew in a step.
+    A step reduces `reduced` bytes of gradients, and gathers `gathered` bytes.
     """
 
     whole: float
@@ -23,15 +23,15 @@ class Mode(NamedTuple):
     gathered: float
 
     def kept(self, parameters: float, devices: int) -> float:
-        """Bytes of parameters, gradients and state on a device."""
+        """Return the bytes of parameters, gradients, and state on a device."""
         return parameters * (self.whole + self.spread / devices)
 
     def moved(self, parameters: float, devices: int) -> float:
-        """Bytes that a device sends in a step: rings pass on all but its own share."""
+        """Return the bytes that a device sends in a step: in a ring, all but one share."""
         return parameters * (self.reduced + self.gathered) * (devices - 1) / devices
 
 
-INT8 = 2.07  # of state per parameter: two moments in codes, their scales, small leaves in float32
+INT8 = 2.07  # bytes of state per parameter: two int8 moments, scales, and small float32 leaves
 MODES = {
     "data parallel, float32": Mode(whole=4 + 4 + 8, spread=0, reduced=4, gathered=4),
     "zero1, float32": Mode(whole=4 + 4, spread=8, reduced=4, gathered=4),

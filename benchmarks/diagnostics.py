@@ -1,9 +1,9 @@
-"""What diagnostics.record adds to a training step of a small Transformer, and to a bare update.
+"""The time that diagnostics.record adds to a small Transformer's training step and to an update.
 
-The Transformer is that of `python -m adam_jax compare --task characters`, 8 windows of 64
-characters a batch. Runs take turns, 10 steps at a time. What is added to a training step is
-smaller than the noise between turns: it is told twice, as the median over the rounds of its
-relative difference, and by what is added to a bare update. python -m benchmarks.diagnostics
+The Transformer is from `python -m adam_jax compare --task characters`, with 8 windows of 64
+characters per batch. Runs take turns, 10 steps at a time. The time added to a training step is
+below the noise between turns, so it is given twice: as the median relative difference over rounds,
+and as the time added to a bare update. python -m benchmarks.diagnostics
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 
 
 class Run:
-    """An optimizer at work: each call makes some steps and returns the seconds of one."""
+    """A run of an optimizer: each call makes some steps and returns the seconds per step."""
 
     def __init__(self, tx: optax.GradientTransformation, trains: bool):
         self.params = TASK.init(jax.random.key(0))

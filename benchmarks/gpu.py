@@ -1,11 +1,11 @@
-"""The time of a step on a GPU, beside Optax, PyTorch and the device's own copy.
+"""The time of a step on a GPU, beside Optax, PyTorch, and the device's own copy.
 
-python -m benchmarks.gpu            # writes results/gpu.json; torch with CUDA joins if it is there
-python -m benchmarks.gpu --tiny     # all of it at a size for interpreted kernels; so on CPU always
+python -m benchmarks.gpu            # writes results/gpu.json; includes torch if it has CUDA
+python -m benchmarks.gpu --tiny     # small leaves, for interpreted kernels; implied on CPU
 
-Three trees: one leaf, GPT-2 XL, many small leaves. "update" is update and apply_updates in one jit,
-as Flax calls them; "apply" is adam_jax.apply. Parameters and state are donated. What an optimizer
-has to move is every parameter and all state twice, every gradient once.
+There are three trees: one leaf, GPT-2 XL, and many small leaves. "update" is update and
+apply_updates in one jit, as in Flax; "apply" is adam_jax.apply. Parameters and state are donated.
+An optimizer moves every parameter and all state twice, and every gradient once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory for torch
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,13 @@ ROUNDS = 15
 
 
 class Case(NamedTuple):
-    """An optimizer, and what it is given."""
+    """An optimizer, its parameters' dtype, and its kinds of step."""
 
     make: Callable[[str], Any]
     dtype: Any = jnp.float32
     ways: tuple[str, ...] = ("update", "apply")
     in_place: bool = False
-    """Whether the update is an array of its own, which then goes where the gradient was."""
+    """Whether the update is a separate array, which then takes the gradient's memory."""
 
 
 def _ours(name: str, storage: str, **settings: Any) -> Callable[[str], Any]:
@@ -79,7 +79,7 @@ def bytes_of(tree: Any) -> int:
 
 
 class Run:
-    """An optimizer at work on a tree: each call makes a step and returns its seconds."""
+    """A run of an optimizer on a tree: each call makes a step and returns its seconds."""
 
     def __init__(self, case: Case, way: str, shapes: Any, kind: str):
         tx = case.make(kind)
@@ -93,26 +93,26 @@ class Run:
             params = optax.apply_updates(params, updates)
             return updates if case.in_place else None, state, params
 
-        self.spends = case.in_place and way == "update"
-        donated = (0, 1, 2) if self.spends else (1, 2)
+        self.donates_grads = case.in_place and way == "update"
+        donated = (0, 1, 2) if self.donates_grads else (1, 2)
         lowered = jax.jit(step, donate_argnums=donated).lower(self.grads, self.state, self.params)
         self.step: Any = lowered.compile()
         held = bytes_of((self.params, self.grads, self.state))
         self.moved = 2 * held - bytes_of(self.grads)
         self.peak = report.peak(self.step)
-        self.over = self.peak / held - 1
+        self.overhead = self.peak / held - 1
 
     def __call__(self) -> float:
         start = time.perf_counter()
         updates, self.state, self.params = self.step(self.grads, self.state, self.params)
         jax.block_until_ready(self.params)
-        if self.spends:
+        if self.donates_grads:
             self.grads = updates
         return time.perf_counter() - start
 
 
 class TorchRun:
-    """torch.optim.AdamW(fused=True) at work on a tree."""
+    """A run of torch.optim.AdamW(fused=True) on a tree."""
 
     def __init__(self, shapes: Any):
         import torch
@@ -126,7 +126,7 @@ class TorchRun:
         self.optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
         self.optimizer.step()
         total = sum(p.numel() for p in params)
-        self.moved, self.peak, self.over = 28 * total, torch.cuda.max_memory_allocated(), None
+        self.moved, self.peak, self.overhead = 28 * total, torch.cuda.max_memory_allocated(), None
 
     def __call__(self) -> float:
         self.torch.cuda.synchronize()
@@ -137,7 +137,7 @@ class TorchRun:
 
 
 def copy_bandwidth(elements: int) -> float:
-    """Bytes read and written in a second by a copy in place."""
+    """Return the bytes that an in-place copy reads and writes per second."""
     copy = jax.jit(lambda x: -x, donate_argnums=0)
     x = copy(jnp.ones(elements))
     times = []
@@ -158,7 +158,7 @@ def torch_has_cuda() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="small leaves, kernels by name")
+    parser.add_argument("--tiny", action="store_true", help="small leaves, implementation=pallas")
     tiny = parser.parse_args().tiny or jax.default_backend() == "cpu"
     sizes, kind = (TINY, "pallas") if tiny else (TREES, "auto")
     bandwidth = copy_bandwidth(2**14 if tiny else 2**29)
@@ -176,7 +176,7 @@ def main() -> None:
     rows, base = [], {}
     for tree, name, way, make in tqdm(runs, leave=False):
         run = make()
-        run()  # the first call warms up
+        run()  # warm-up
         seconds = float(np.median([run() for _ in range(ROUNDS)]))
         base.setdefault(tree, seconds)
         rows.append(
@@ -188,7 +188,7 @@ def main() -> None:
                 "× optax": f"{seconds / base[tree]:.2f}",
                 "of the copy's bandwidth": f"{run.moved / seconds / bandwidth:.0%}",
                 "peak, GB": f"{run.peak / 1e9:.3g}",
-                "beside its operands": "-" if run.over is None else f"{run.over:.1%}",
+                "beside its operands": "-" if run.overhead is None else f"{run.overhead:.1%}",
             }
         )
         del run

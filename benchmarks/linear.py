@@ -1,8 +1,8 @@
-"""Whether cost grows as the model does: time per element over sizes, and per leaf over counts.
+"""Whether cost is linear: step time per element by size, and build time per leaf by count.
 
 python -m benchmarks.linear
 
-Sizes take turns within a round; a time is the median over rounds.
+Sizes take turns in each round; a time is the median over rounds.
 """
 
 from __future__ import annotations

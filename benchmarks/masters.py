@@ -1,8 +1,8 @@
-"""What training loses with bfloat16 parameters: plain, rounded by chance, and with masters.
+"""The final loss with bfloat16 parameters: plain, stochastically rounded, and with master weights.
 
-AdamW on the character-level Transformer. All runs of a seed start from the same bfloat16 numbers
-and see the same batches; the network computes in float32, so that only how parameters and state
-are kept differs. python -m benchmarks.masters
+AdamW trains the character Transformer. For each seed, all runs start from the same bfloat16
+values and see the same batches. The network computes in float32, so that only the storage of
+parameters and state differs. python -m benchmarks.masters
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def finals(name: str, dtype: Any, wrap: Callable[[Any], Any], make: Callable[..., Any]) -> Any:
-    """The final loss of each seed."""
+    """Return the final loss of each seed."""
 
     def optimizer(rate: Any) -> optax.GradientTransformation:
         return wrap(scheduled(make, STEPS)(rate))

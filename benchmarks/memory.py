@@ -1,8 +1,8 @@
-"""What AdamW's state and its step take in memory, from the compiled step: nothing is run.
+"""The memory of AdamW's state and step, from the compiled step: nothing is run.
 
 python -m benchmarks.memory
 
-On GPT-2 small, params and state donated. The peak is everything that is there while a step runs:
+On GPT-2 small, with params and state donated. The peak is everything in memory during a step:
 parameters, gradients, state, and what XLA allocates beside them.
 """
 

@@ -1,10 +1,10 @@
-"""Low-precision state side by side with flashoptim-jax and torchao, from the package index.
+"""Low-precision state beside flashoptim-jax and torchao.
 
 pip install flashoptim-jax torchao torch && python -m benchmarks.peers
 
-Every optimizer sees the same gradients and is asked for the same: bytes of state, temporary memory
-of a compiled step on a leaf of 64M elements, the largest step where gradients spread inside a
-block, and nu 2500 steps after half of each block's gradients fell tenfold.
+Every optimizer gets the same gradients. The table has the bytes of state, the temporaries of a
+compiled step on a leaf of 64M elements, the largest step if gradient scales vary inside a block,
+and nu 2500 steps after half of each block's gradients fell tenfold.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def falling_gradients(before: int = 1000, after: int = 2500) -> Iterator[np.ndar
 
 
 class Ours:
-    """adam_jax, in one of its formats."""
+    """adam_jax with one storage format."""
 
     def __init__(self, storage: str):
         self.tx = adam_jax.adamw(RATE, weight_decay=0.0, storage=storage)
@@ -66,7 +66,7 @@ class Ours:
         return sum(x.nbytes for x in jax.tree.leaves(self.state))
 
     def temporaries(self) -> str:
-        """Of a step on 64M float32 parameters, everything donated."""
+        """Return a step's temporaries for 64M float32 parameters, all donated."""
         p = jax.ShapeDtypeStruct((65536, 1024), jnp.float32)
         state = jax.eval_shape(self.init, p)
         compiled = jax.jit(self._step, donate_argnums=(0, 1, 2)).lower(p, state, p).compile()
@@ -77,7 +77,7 @@ class Ours:
 
 
 class Flash(Ours):
-    """flashoptim-jax, its 8-bit AdamW on float32 parameters."""
+    """flashoptim-jax's 8-bit AdamW on float32 parameters."""
 
     def __init__(self) -> None:
         import flashoptim_jax
@@ -101,7 +101,7 @@ class Flash(Ours):
 
 
 class Torch:
-    """One of torchao's optimizers."""
+    """A torchao optimizer."""
 
     def __init__(self, name: str):
         import torch
@@ -125,7 +125,7 @@ class Torch:
         for name in ("exp_avg", "exp_avg_sq"):
             moment = self.optimizer.state[self.p][name]
             inner = [getattr(moment, field) for field in moment.__tensor_flatten__()[0]]
-            # the map from codes to values is one for all leaves
+            # without the 256 decoded values, which all leaves share
             total += sum(x.nbytes for x in inner if x.numel() != 256)
         return total
 
@@ -171,7 +171,7 @@ def main() -> None:
         try:
             rows.append(row(name, make, exact.nu()))
         except ImportError as error:
-            print(f"{name}: {error}; left out")
+            print(f"{name}: {error}; skipped")
     report.write("peers", rows)
 
 

@@ -1,4 +1,4 @@
-"""Draw the bytes of state per parameter of ours and of other packages: `python -m benchmarks.picture`.
+"""Draw bytes of state per parameter, ours and other packages: `python -m benchmarks.picture`.
 
 It reads results/peers.json and writes docs/memory.svg and docs/memory_dark.svg.
 """

@@ -1,7 +1,7 @@
-"""What training loses with state in fewer bytes: AdamW in each format, paired by seed.
+"""The final loss of AdamW with each storage format, paired by seed.
 
-Each format starts from the same parameters and sees the same batches as float32, so the difference
-of final losses is the format's and the rounding's. python -m benchmarks.quality
+For each seed, all formats start from the same parameters and see the same batches, so that only
+the format and its rounding differ. python -m benchmarks.quality
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every benchmark does with its figures: a Markdown table on the screen, JSON in results/."""
+"""The output of every benchmark: a Markdown table on the screen, and JSON in results/."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import numpy as np
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-PAGES = (Path(__file__).parent / "README.md", Path(__file__).parent.parent / "README.md")
+PAGES = (Path(__file__).parent / "README.md", Path(__file__).parent.parent / "docs" / "speed.md")
 PACKAGES = ("jax", "jaxlib", "optax", "adam_jax")
-PEERS = ("flashoptim-jax", "torchao", "torch")  # named where they are installed
+PEERS = ("flashoptim-jax", "torchao", "torch")  # listed if installed
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of each run's own measure, all runs taking turns so that noise is shared."""
+    """Return the median of each run, with all runs taking turns so that they share noise."""
     return {name: float(np.median(values)) for name, values in turns(runs, rounds).items()}
 
 
 def turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-    """Each run's own measure in every round, in which all take a turn.
+    """Return each run's value in every round.
 
-    Each round has an order of its own: what a run follows can cost it a tenth.
+    Rounds shuffle the order, because the previous run can slow a run by a tenth.
     """
     figures: dict[str, list[float]] = {name: [] for name in runs}
     rng = np.random.default_rng(0)
@@ -40,17 +40,16 @@ def turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.
 
 
 def peak(compiled: Any) -> int:
-    """The bytes that are there while a compiled step runs: operands, new results, temporaries."""
+    """Return the peak bytes of a compiled step: operands, new results, and temporaries."""
     memory = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
 
 
 def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the rows as a Markdown table and writes them with the machine, versions and date.
+    """Print the rows as a Markdown table, and write them with the machine, versions, and date.
 
-    A page that has the table between `<!-- benchmarks/NAME -->` and `<!-- /benchmarks/NAME -->`
-    gets the new one.
+    Pages get the new table between `<!-- benchmarks/NAME -->` and `<!-- /benchmarks/NAME -->`.
     """
     RESULTS.mkdir(exist_ok=True)
     document = {"date": str(datetime.date.today()), "machine": machine(), "rows": list(rows)}
@@ -67,18 +66,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def filled(page: str, name: str, document: Mapping[str, Any]) -> str:
-    """The page with a benchmark's table, and where and when it was made, between its marks."""
-    made = document["machine"]
-    versions = ", ".join(f"{p} {made[p]}" for p in ("jax", "optax", "torch") if p in made)
-    told = f"{made['cpu']}, {made['cores']} cores, {versions}, {document['date']}"
-    head, mark, rest = page.partition(f"<!-- benchmarks/{name} -->\n")
+    """Return the page with the table, machine, versions, and date between the markers."""
+    info = document["machine"]
+    versions = ", ".join(f"{p} {info[p]}" for p in ("jax", "optax", "torch") if p in info)
+    origin = f"{info['cpu']}, {info['cores']} cores, {versions}, {document['date']}"
+    head, marker, rest = page.partition(f"<!-- benchmarks/{name} -->\n")
     end = f"<!-- /benchmarks/{name} -->"
-    if not mark or end not in rest:
+    if not marker or end not in rest:
         return page
     inside = (
-        f"(`python -m benchmarks.{name.partition('_')[0]}`, {told})\n\n{table(document['rows'])}"
+        f"(`python -m benchmarks.{name.partition('_')[0]}`, {origin})\n\n{table(document['rows'])}"
     )
-    return f"{head}{mark}{inside}\n{end}{rest.partition(end)[2]}"
+    return f"{head}{marker}{inside}\n{end}{rest.partition(end)[2]}"
 
 
 def machine() -> dict[str, Any]:

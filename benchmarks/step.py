@@ -1,17 +1,16 @@
-"""The time of AdamW's step, beside Optax, PyTorch, other 8-bit packages and what memory allows.
+"""The time of AdamW's step, beside Optax, PyTorch, other 8-bit packages, and the memory limit.
 
-python -m benchmarks.step                  # all trees, 50 minutes; peers join if installed
-python -m benchmarks.step "10k" "ResNet"   # the trees with these in their names
+python -m benchmarks.step                  # all trees, 50 minutes
+python -m benchmarks.step "10k" "ResNet"   # trees with one of these in their names
 
-pip install torch==2.13.0 torchao==0.18.0 flashoptim-jax==0.1.0 brings the peers along.
+pip install torch==2.13.0 torchao==0.18.0 flashoptim-jax==0.1.0 adds the other packages.
 
-A step is (params, state, gradients) → (params, state), params and state donated, in this order: a
-donated array goes to the next result of its shape. All optimizers of a tree take turns in one
-process, and in three more, of which two build them in reverse; "× optax" is the median of the
-ratios within each round. Programs with operands of the same shapes and dtypes work on the same
-arrays in turn, so that it does not decide between Optax's float32 step and ours where theirs lie.
-The limit is what a float32 step reads and writes, 28 bytes per element, at the rate at which an
-array is scaled in place.
+A step is (params, state, gradients) → (params, state). Params and state are donated in this order,
+because a donated array goes to the next result of its shape. Four processes measure each tree, two
+of them with the optimizers built in reverse order. In a process, all optimizers take turns.
+"× optax" is the median ratio over rounds, averaged over processes. Programs whose operands have
+equal shapes and dtypes share arrays, so that memory addresses don't favor one of them. The limit is
+the time to move a float32 step's 28 bytes per element at the rate of scaling an array in place.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ from benchmarks import report, trees
 
 PROCESSES = 4
 ROUNDS = 12
-SECONDS = 0.1  # at least, for each turn
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}  # PyTorch's threads are not to spin in others' turns
+SECONDS = 0.1  # per turn, or one step if longer
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}  # PyTorch's threads must not spin in others' turns
 
 
 class Run:
-    """Something at work: each call repeats its step and returns the seconds of one."""
+    """A timed step: each call repeats it and returns the seconds per step."""
 
     state_bytes: int | None = None
     temporaries: int | None = None
@@ -65,15 +64,15 @@ class Run:
 
 
 class Jitted(Run):
-    """One compiled function of (params, state, gradients)."""
+    """A jitted step of (params, state, gradients)."""
 
-    alike: ClassVar[dict[Any, tuple[list[jax.Array], Any]]] = {}
-    """By shapes and dtypes: the params and state that programs work on in turn, and gradients."""
+    shared: ClassVar[dict[Any, tuple[list[jax.Array], Any]]] = {}
+    """Leaves of params and state, and the gradients, by the leaves' shapes and dtypes."""
 
     def __init__(self, step: Callable[..., Any], params: Any, state: Any, grads: Any):
         leaves, self.treedef = jax.tree.flatten((params, state))
         types = tuple((x.shape, x.dtype) for x in leaves)
-        self.arrays, self.grads = self.alike.setdefault(types, (leaves, grads))
+        self.arrays, self.grads = self.shared.setdefault(types, (leaves, grads))
         self.jitted = jax.jit(step, donate_argnums=(0, 1))
         compiled: Any = self.jitted.lower(params, state, grads).compile()
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -99,7 +98,7 @@ def stepped(way: Callable[..., Any], tx: optax.GradientTransformation, tree: Any
 
 
 def update(tx: optax.GradientTransformation, grads: Any, state: Any, params: Any) -> Any:
-    """A step as Optax's users write it."""
+    """Step as Optax users do."""
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
@@ -125,7 +124,7 @@ def flashoptim(tree: Any) -> Run:
 
 
 class Torch(Run):
-    """An optimizer of PyTorch or torchao."""
+    """A PyTorch or torchao optimizer."""
 
     def __init__(self, make: Callable[[Any], Any], tree: Any):
         import torch
@@ -152,7 +151,7 @@ def torchao_adamw(tree: Any) -> Run:
 
 
 class Limit(Run):
-    """As many bytes as a float32 step has to move, at the rate of a scaling in place."""
+    """The time to move a float32 step's bytes, at the rate of scaling in place."""
 
     def __init__(self, tree: Any):
         self.x = jnp.ones(trees.elements(tree))
@@ -190,14 +189,14 @@ TREES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
 
 
 def measure(name: str, backwards: bool) -> dict[str, Any]:
-    """Seconds of each optimizer in every round on one tree, and the bytes it takes."""
+    """Return each optimizer's seconds in every round on one tree, and its bytes."""
     make, makers = TREES[name]
     tree, runs = make(), dict[str, Run]()
     for maker in tqdm(makers[::-1] if backwards else makers, desc=name, leave=False):
         try:
             runs[maker] = MAKERS[maker](tree).warmed()
         except ImportError as error:
-            print(f"{maker}: {error}; left out", file=sys.stderr)
+            print(f"{maker}: {error}; skipped", file=sys.stderr)
     seconds = report.turns(runs, ROUNDS)
     return {
         maker: [seconds[maker].tolist(), run.state_bytes, run.temporaries]
@@ -206,9 +205,9 @@ def measure(name: str, backwards: bool) -> dict[str, Any]:
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    """What was measured on a tree, in processes: where its arrays lie differs between them."""
+    """Measure a tree in several processes, which differ in memory addresses."""
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as cache:  # 2000 shapes are compiled once, not every time
+    with tempfile.TemporaryDirectory() as cache:  # compile 2000 shapes once, not in every process
         env = os.environ | QUIET | {"JAX_COMPILATION_CACHE_DIR": cache}
         for k in range(PROCESSES):
             order = "backwards" if k % 2 else ""
@@ -221,7 +220,7 @@ def rows(name: str) -> list[dict[str, str]]:
         seconds = np.array([process[maker][0] for process in found])
         base = np.array([process["optax.adamw"][0] for process in found])
         _, state, temporaries = found[0][maker]
-        # the geometric mean of the processes' medians: neither order counts for more
+        # a geometric mean, so that both build orders count equally
         ratio = np.exp(np.log(np.median(seconds / base, axis=1)).mean())
         return {
             "tree": name,
@@ -236,7 +235,7 @@ def rows(name: str) -> list[dict[str, str]]:
 
 
 def summary(table: list[dict[str, str]]) -> list[dict[str, str]]:
-    """× optax for each optimizer and tree."""
+    """Return × optax for each optimizer and tree."""
     names = dict.fromkeys(row["tree"] for row in table)
     found = {(row["AdamW"], row["tree"]): row["× optax"] for row in table}
     return [
@@ -247,7 +246,7 @@ def summary(table: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("only", nargs="*", help="parts of the names of trees")
+    parser.add_argument("only", nargs="*", help="substrings of tree names")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:

@@ -1,10 +1,10 @@
-"""A whole training step of a small Transformer: how much of it is the optimizer's.
+"""The time of a small Transformer's training step, and the optimizer's share of it.
 
 python -m benchmarks.training
 
-The character Transformer of `python -m adam_jax compare`, 8 windows of 64 characters a batch, and a
-wider one. The optimizer's share is what its step takes more than one that returns the gradients'
-sum; all take turns, differences are medians within rounds. Params and state are donated.
+The character Transformer of `python -m adam_jax compare`, 8 windows of 64 characters per batch, and
+a wider one. The optimizer's time is the step's time minus the time of a step that returns only the
+gradients' sum. All take turns; differences are medians over rounds. Params and state are donated.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ MAKERS: dict[str, Callable[[], Any]] = {
 def trained(tx: Any, params: Any, batch: Any) -> step.Run:
     def train(params: Any, state: Any, batch: Any) -> Any:
         grads = jax.grad(tasks.characters_loss)(params, batch)
-        if tx is None:  # something small that needs every gradient
+        if tx is None:  # a small result that needs every gradient
             return params, sum(jnp.sum(g) for g in jax.tree.leaves(grads))
         return adam_jax.apply(tx, grads, state, params)
 
-    params = jax.tree.map(jnp.array, params)  # of its own, to be donated
+    params = jax.tree.map(jnp.array, params)  # copies, to be donated
     state = jnp.zeros(()) if tx is None else tx.init(params)
     return step.Jitted(train, params, state, batch).warmed()
 

@@ -1,4 +1,4 @@
-"""The trees of parameters that optimizers are timed on: shapes, and numbers for them."""
+"""The parameter trees that benchmarks time: their shapes, and arrays for them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 
 
 def one(size: int) -> Any:
-    """One leaf."""
+    """Return one leaf."""
     return {"kernel": (size // 1024, 1024)}
 
 
 def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Any:
-    """GPT-2; by default the small one, of 124 million parameters in 148 leaves."""
+    """Return GPT-2; by default GPT-2 small: 124 million parameters in 148 leaves."""
     norm = {"scale": (width,), "bias": (width,)}
 
     def linear(rows: int, columns: int) -> Any:
@@ -36,7 +36,7 @@ def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: i
 
 
 def resnet50() -> Any:
-    """ResNet-50: 26 million parameters in 161 leaves."""
+    """Return ResNet-50: 26 million parameters in 161 leaves."""
 
     def convolution(size: int, inputs: int, outputs: int) -> Any:
         return {"conv": (size, size, inputs, outputs), "scale": (outputs,), "bias": (outputs,)}
@@ -59,17 +59,17 @@ def resnet50() -> Any:
 
 
 def equal(count: int) -> Any:
-    """Small leaves of one shape."""
+    """Return small leaves of one shape."""
     return {f"layer{k}": (64, 32) for k in range(count)}
 
 
 def distinct(count: int) -> Any:
-    """Small leaves, no two of one shape."""
+    """Return small leaves of distinct shapes."""
     return {f"layer{k}": (16 + k % 50, 16 + k // 50) for k in range(count)}
 
 
 def mlp() -> Any:
-    """A network of three layers with 10 thousand parameters."""
+    """Return a three-layer network with 10 thousand parameters."""
     widths = (32, 80, 80, 10)
     return {
         f"layer{k}": {"kernel": (n, m), "bias": (m,)}
@@ -86,7 +86,7 @@ def elements(tree: Any) -> int:
 
 
 def arrays(tree: Any, dtype: Any = jnp.float32) -> Any:
-    """Numbers between -1 and 1 in these shapes."""
+    """Return arrays of these shapes, with values between -1 and 1."""
 
     def array(shape: tuple[int, ...]) -> jax.Array:
         numbers = np.sin(np.arange(math.prod(shape), dtype=np.float32)).reshape(shape)
@@ -96,7 +96,7 @@ def arrays(tree: Any, dtype: Any = jnp.float32) -> Any:
 
 
 def structs(tree: Any, dtype: Any = jnp.float32) -> Any:
-    """The same without numbers."""
+    """Return these shapes as ShapeDtypeStructs."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), tree, is_leaf=_is_shape)
 
 

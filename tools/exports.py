@@ -1,4 +1,4 @@
-"""Write adam_jax/optimizers/__init__.py and the table in docs/optimizers.md: `python tools/exports.py`.
+"""Write adam_jax/optimizers/__init__.py and docs/optimizers.md: `python tools/exports.py`.
 
 Type checkers and editors read a package without running it, so its imports must be written out.
 With --check it exits with 1 if the imports are stale.

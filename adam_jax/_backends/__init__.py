@@ -1,1 +1,1 @@
-"""How the step of one leaf is executed: by XLA as it is, in tiles, in a kernel, per shard."""
+"""Backends that run the step of one leaf: plain XLA, tiles, or a Pallas kernel, per shard."""

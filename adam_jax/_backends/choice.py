@@ -1,4 +1,4 @@
-"""The backends by name, and which one runs a leaf."""
+"""The backends by name, and the choice of one for a leaf."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adam_jax.storage._moments import any_quantized
 
 
 def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
-    """Run the step of quantized state in a kernel or in tiles; XLA fuses the other steps well."""
+    """Run quantized steps in a kernel or in tiles, and others in XLA, which fuses them well."""
     platform = step.platform
     if not any_quantized(operands.moments):
         return xla.execute_leaf(step, operands, sharding)
@@ -25,19 +25,19 @@ def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Re
     if platform not in ("gpu", "tpu"):
         if platform != "cpu":
             _warn_once(
-                f"kernels must run on a GPU or a TPU, got {platform}; the step runs as "
-                f"implementation='stream' does, which is slower"
+                f"the platform must be gpu or tpu for kernels, got {platform}; falling back to "
+                f"implementation='stream', which is slower"
             )
         return tiled.execute_leaf(step, operands, sharding)
     if platform == "tpu" and is_unknown(operands.update, sharding):
         _warn_once(
-            "a leaf may be sharded over automatic mesh axes, and on TPU kernels need to know how; "
-            "it runs as implementation='xla' does, which is slower. Use explicit axes "
+            "on TPU, kernels need a leaf's sharding, which automatic mesh axes don't provide; "
+            "falling back to implementation='xla', which is slower. Use explicit axes "
             "(jax.make_mesh), or wrap the optimizer, e.g. adam_jax.zero1(tx, mesh, specs=specs) "
             "with the PartitionSpecs of the parameters"
         )
         return xla.execute_leaf(step, operands, sharding)
-    # an accelerator's host may run the program, and must not interpret a kernel
+    # the program may run on the accelerator's host, which must not interpret a kernel
     return jax.lax.platform_dependent(
         operands,
         cpu=functools.partial(tiled.execute_leaf, step, sharding=sharding),
@@ -46,7 +46,7 @@ def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Re
 
 
 def execute_in_kernel(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
-    """Run the step in a Pallas kernel; Pallas is imported at the first one, because it is slow."""
+    """Run the step in a Pallas kernel, and import Pallas only then, as that is slow."""
     from adam_jax._backends import pallas
 
     return pallas.execute_leaf(step, operands, sharding)
@@ -58,7 +58,7 @@ BACKENDS: dict[str, Callable[[Step, Operands, NamedSharding | None], Result]] = 
     "stream": tiled.execute_leaf,
     "pallas": execute_in_kernel,
 }
-"""Runs the step of a leaf, by the name that `implementation=` takes."""
+"""Functions that run the step of a leaf, by the name that `implementation=` takes."""
 
 
 @functools.cache

@@ -1,9 +1,8 @@
-"""A Pallas kernel as one primitive: its lowering explains what fails and hides a deprecation.
+"""A primitive that wraps a Pallas kernel, to explain errors and to hide a deprecation warning.
 
-From jax 0.12 on, JAX warns whenever it lowers a Pallas kernel for Triton that it will remove this
-compiler. It warns from its own code, long after ours has returned, so that a user with warnings as
-errors could not run a kernel that this library chose. The warning is for us, so the lowering of our
-kernels ignores it.
+From jax 0.12 on, lowering a Pallas kernel for Triton warns that JAX will remove this compiler.
+Lowering happens after our code has returned, so a user who turns warnings into errors couldn't run
+a kernel that this library chose. The primitive ignores the warning when it is lowered.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from jax.interpreters import batching, mlir
 def kernel_call(
     kernel: Callable[..., Sequence[jax.Array]], shape: tuple[int, ...]
 ) -> Callable[..., list[jax.Array]]:
-    """Return `kernel`, which steps a leaf of this shape, as one primitive."""
+    """Wrap a kernel in the primitive; error messages show the leaf's `shape`."""
 
     def call(*operands: jax.Array) -> list[jax.Array]:
         return _kernel_p.bind(*operands, jaxpr=jax.make_jaxpr(kernel)(*operands), shape=shape)
@@ -55,10 +54,10 @@ def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, jaxpr: Any, shape: Any
 
 
 def unsupported(shape: tuple[int, ...], error: Exception) -> NotImplementedError:
-    """Return the error for a leaf that a kernel can't step."""
+    """Return the error for a rule that doesn't compile as a kernel."""
     return NotImplementedError(
-        f"adam_jax: the rule must compile as a Pallas kernel for a leaf of shape {shape}, and it "
-        f"doesn't: {error}; use implementation='stream'"
+        f"adam_jax: the rule must compile as a Pallas kernel for a leaf of shape {shape}, got "
+        f"{error}; use implementation='stream'"
     )
 
 

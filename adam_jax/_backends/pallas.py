@@ -1,10 +1,10 @@
-"""One kernel for any rule and any storage: the step of a leaf, traced on a tile of it.
+"""Pallas kernels for any rule and storage: the step of a leaf, traced on one tile.
 
-Each tile is read once and written once, over what was read. Triton compiles the kernel on GPUs and
-Mosaic on TPUs; on CPUs it is interpreted, which is slow and for tests. Only the kernel of the
-platform that a program is traced for is traced, and only a GPU's imports Pallas on Triton, which
-jax 0.12 deprecates; `kernel_call.py` keeps its warning from users. `import adam_jax` and steps
-without a kernel import no part of Pallas.
+The kernel reads each tile once and updates it in place. Triton compiles it on GPUs, and Mosaic on
+TPUs; on CPUs it is interpreted, which is slow and meant for tests. Only the target platform's
+kernel is traced. Only GPU kernels import Pallas on Triton, which jax 0.12 deprecates;
+`kernel_call.py` hides the warning. `import adam_jax` and steps without a kernel don't import
+Pallas.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from adam_jax.storage._moments import dtypes
 from adam_jax.storage._random_bits import Position
 
 Mask = Callable[[], jax.Array | None]
-"""Makes the mask of a tile, where a target needs one."""
+"""Returns the mask of a tile, or None if the whole tile is in the leaf."""
 
 
 def _load(ref: Any, mask: Mask) -> jax.Array:
@@ -55,27 +55,27 @@ def _store(ref: Any, x: jax.Array, mask: Mask) -> None:
 
 
 class Target(NamedTuple):
-    """What kernels for one platform have of their own."""
+    """The platform-specific settings of a kernel."""
 
     grid: Callable[[tuple[int, ...], int], Grid]
-    """(a leaf's shape, the size of its largest block) → its tiles."""
+    """(a leaf's shape, its largest block size) → its tiles."""
     scalars: pl.BlockSpec
-    """The memory that scalars are in."""
+    """The memory space of scalars."""
     compiler: Any = None
-    """Parameters of the compiler; their class selects it."""
+    """Compiler parameters; their class selects the compiler."""
     load: Callable[[Any, Mask], jax.Array] = _load
     """Reads a tile: (ref, mask) → array. The default leaves masking to the compiler."""
     store: Callable[[Any, jax.Array, Mask], None] = _store
     """Writes a tile: (ref, array, mask)."""
     drop: Collection[str] = ("optimization_barrier",)
-    """Primitives that are for XLA alone."""
+    """Primitives to drop, which only XLA needs."""
     interpret: bool = False
 
 
 def interpreted() -> Target:
-    """Return the target of a kernel that XLA runs, on CPUs: tiles as for Triton.
+    """Return the target of an interpreted kernel, for CPUs, with Triton's tiles.
 
-    The interpreter pads arrays to whole tiles and drops the padding of results: it needs no masks.
+    It needs no masks, because the interpreter pads arrays to whole tiles and crops results.
     """
     return Target(tiles.for_registers, pl.BlockSpec(), drop=(), interpret=True)
 
@@ -95,11 +95,11 @@ def mosaic() -> Target:
 
 
 TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
-"""Makes the target of kernels, by the platform that a program is traced for."""
+"""Functions that return the target of kernels, by platform."""
 
 
 def supports(operands: Operands) -> bool:
-    """Whether kernels can step a leaf: its arithmetic is float32, and it has an axis."""
+    """Whether kernels support a leaf: its arithmetic is float32, and it isn't a scalar."""
     return operands.update.ndim > 0 and arithmetic_dtype(*dtypes(operands[:4])) == jnp.float32
 
 
@@ -119,44 +119,44 @@ def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None)
 def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard) -> Result:
     if shard.unaligned:
         return unaligned.execute_shard(step, operands, shard)
-    of_leaf, shape = operands[:4], operands.update.shape
-    arrays, tree = jax.tree.flatten(of_leaf)
-    columns = spans(of_leaf)
+    leaf_operands, shape = operands[:4], operands.update.shape
+    arrays, tree = jax.tree.flatten(leaf_operands)
+    columns = spans(leaf_operands)
     grid = target.grid(shape, max(columns))
     call = functools.partial(_call, target, grid, [grid.view(x) for x in arrays], columns)
 
-    def tile(i: jax.Array, parts: Sequence[jax.Array], small: Small) -> tuple[Operands, Part]:
-        scalars, seeds, origin, means = small
-        moved = shard._replace(origin=origin)
+    def tile(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> tuple[Operands, Part]:
+        scalars, seeds, origin, means = shared
+        tile_shard = shard._replace(origin=origin)
 
         def position() -> Position:
-            return moved.position(*grid.rows_and_columns(i), shape)
+            return tile_shard.position(*grid.rows_and_columns(i), shape)
 
         part = Part(known_mean(means), position, grid.block_absmax(i))
         u, g, p, moments = tree.unflatten(parts)
         return Operands(u, g, p, moments, scalars, seeds), part
 
-    def sums(i: jax.Array, parts: Sequence[jax.Array], small: Small) -> list[jax.Array]:
-        xs = next_averaged(step, *tile(i, parts, small), small.means)
+    def sums(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> list[jax.Array]:
+        xs = next_averaged(step, *tile(i, parts, shared), shared.means)
         return [jnp.sum(grid.owned(i, x), keepdims=True) for x in xs]
 
-    def advance(i: jax.Array, parts: Sequence[jax.Array], small: Small) -> Result:
-        return complete(step, *tile(i, parts, small))
+    def advance(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> Result:
+        return complete(step, *tile(i, parts, shared))
 
-    small = Small(operands.scalars, operands.seeds, shard.origin, [])
-    for size in mean_sizes(step, operands):  # a pass for each mean, in which nothing is written
-        partial = call(sums, small, partial_sums=size)
-        small.means.append(shard.mean_of_sums([jnp.sum(x) for x in partial]))
+    shared = Shared(operands.scalars, operands.seeds, shard.origin, [])
+    for size in mean_sizes(step, operands):  # one read-only pass per call of `mean`
+        partial = call(sums, shared, partial_sums=size)
+        shared.means.append(shard.mean_of_sums([jnp.sum(x) for x in partial]))
     u, _, p, moments = tree.unflatten(range(len(arrays)))
     written = jax.tree.leaves((p if step.aliased is Aliased.PARAM else u, moments))
-    out = call(advance, small, over=written)
+    out = call(advance, shared, aliased=written)
     out = [x.reshape(arrays[k].shape) for x, k in zip(out, written, strict=True)]
     replaced = Result(step.aliased.of(operands), operands.moments)
     return jax.tree.unflatten(jax.tree.structure(replaced), out)
 
 
-class Small(NamedTuple):
-    """What is the same for all tiles."""
+class Shared(NamedTuple):
+    """The operands that are the same for all tiles."""
 
     scalars: jax.Array
     seeds: jax.Array | None
@@ -170,16 +170,16 @@ def _call(
     arrays: Sequence[jax.Array],
     spans: Sequence[int],
     compute: Callable[..., Any],
-    small: Small,
+    shared: Shared,
     *,
-    over: Sequence[int] = (),
+    aliased: Sequence[int] = (),
     partial_sums: int = 0,
 ) -> list[jax.Array]:
-    """Return compute(i, the i-th tiles, small) for all tiles.
+    """Run a kernel that computes compute(i, the i-th tiles, shared) for all tiles.
 
-    Its results are written over the arrays of these numbers, or are sums of tiles.
+    Its results replace the arrays with the indices `aliased`, or are partial sums, one per tile.
     """
-    scalars, tree = jax.tree.flatten(small)
+    scalars, tree = jax.tree.flatten(shared)
     i = jax.ShapeDtypeStruct((), jnp.int32)
     tile_types = [
         jax.ShapeDtypeStruct((grid.rows, pl.cdiv(grid.columns, span)), x.dtype)
@@ -187,16 +187,16 @@ def _call(
     ]
 
     def flat(*operands: Any) -> list[jax.Array]:
-        given, (i, *parts) = operands[: len(scalars)], operands[len(scalars) :]
-        return jax.tree.leaves(compute(i, parts, tree.unflatten(given)))
+        flat_shared, (i, *parts) = operands[: len(scalars)], operands[len(scalars) :]
+        return jax.tree.leaves(compute(i, parts, tree.unflatten(flat_shared)))
 
     try:
         jaxpr = jax.make_jaxpr(flat)(*scalars, i, *tile_types)
         front, rest = hoist(jaxpr, len(scalars), target.drop)
     except NotImplementedError as error:
         raise unsupported(grid.shape, error) from error
-    handed = front(*scalars)
-    vectors = _pack(handed)
+    hoisted = front(*scalars)
+    vectors = _pack(hoisted)
     specs = [grid.spec(span) for span in spans]
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     sums = jax.ShapeDtypeStruct((grid.tiles, 1, 1), jnp.float32)
@@ -209,8 +209,8 @@ def _call(
 
         masks = [functools.partial(grid.mask, i, span) for span in spans]
         parts = [target.load(*pair) for pair in zip(refs_in, masks, strict=True)]
-        results = rest(*_unpack(refs[: len(vectors)], handed), i, *parts)
-        out_masks = [masks[k] for k in over] + [lambda: None] * partial_sums
+        results = rest(*_unpack(refs[: len(vectors)], hoisted), i, *parts)
+        out_masks = [masks[k] for k in aliased] + [lambda: None] * partial_sums
         for written in zip(refs_out, results, out_masks, strict=True):
             target.store(*written)
 
@@ -218,9 +218,9 @@ def _call(
         kernel,
         grid=(grid.tiles,),
         in_specs=[*[target.scalars] * len(vectors), *specs],
-        out_specs=[specs[k] for k in over] + [sums_spec] * partial_sums,
-        out_shape=[types[k] for k in over] + [sums] * partial_sums,
-        input_output_aliases={len(vectors) + k: j for j, k in enumerate(over)},
+        out_specs=[specs[k] for k in aliased] + [sums_spec] * partial_sums,
+        out_shape=[types[k] for k in aliased] + [sums] * partial_sums,
+        input_output_aliases={len(vectors) + k: j for j, k in enumerate(aliased)},
         compiler_params=target.compiler,
         interpret=target.interpret,
         name="adam_jax_step",
@@ -229,21 +229,23 @@ def _call(
 
 
 def _pack(scalars: Sequence[jax.Array]) -> list[jax.Array]:
-    """Scalars as the operands of a kernel: the floating-point ones, and the others as integers."""
+    """Pack scalars into two operands, one of float32 and one of int32."""
     groups = {jnp.float32: [], jnp.int32: []}
     for x in scalars:
-        groups[_word(x)].append(x)
+        groups[_packed_dtype(x)].append(x)
     return [
         jnp.stack([x.astype(d) for x in (*xs, jnp.zeros((), d))])[None] for d, xs in groups.items()
     ]
 
 
 def _unpack(refs: Sequence[Any], like: Sequence[jax.Array]) -> list[jax.Array]:
-    """The scalars back, one by one."""
-    next_of = {word: iter(range(len(like))) for word in (jnp.float32, jnp.int32)}
-    by_word = dict(zip(next_of, refs, strict=True))
-    return [by_word[_word(x)][0, next(next_of[_word(x)])].astype(x.dtype) for x in like]
+    """Return the scalars that `_pack` packed."""
+    next_of = {dtype: iter(range(len(like))) for dtype in (jnp.float32, jnp.int32)}
+    by_dtype = dict(zip(next_of, refs, strict=True))
+    return [
+        by_dtype[_packed_dtype(x)][0, next(next_of[_packed_dtype(x)])].astype(x.dtype) for x in like
+    ]
 
 
-def _word(x: jax.Array) -> Any:
+def _packed_dtype(x: jax.Array) -> Any:
     return jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32

@@ -1,8 +1,8 @@
-"""Run the step of a leaf on each device's shard of it, so that a loop over tiles gathers nothing.
+"""Run the step of a leaf on each device's shard, so that loops over tiles don't gather the leaf.
 
-If the sharding of the leaf is known, `shard_map` runs the step: on explicit mesh axes it is part of
-the leaf's type, and on automatic ones `zero1` makes it known. Otherwise XLA's partitioner calls
-`custom_partitioning`, which TPUs don't have.
+If the leaf's sharding is known, `shard_map` runs the step. On explicit mesh axes the sharding is
+part of the leaf's type; on automatic axes `zero1` provides it. Otherwise `custom_partitioning`
+runs the step, except on TPUs, which don't support it.
 """
 
 from __future__ import annotations
@@ -29,32 +29,31 @@ from adam_jax.storage._random_bits import Position
 class Role(enum.Enum):
     """How an array of a step is sharded."""
 
-    LEAF = "as the leaf"
-    SCALES = "as the leaf, with the last axis in blocks"
-    REPLICATED = "not at all"
+    LEAF = "like the leaf"
+    SCALES = "like the leaf, with the last axis in blocks"
+    REPLICATED = "replicated"
 
 
 class Shard(NamedTuple):
-    """Which part of its leaf an array is."""
+    """The part of the leaf that a device has."""
 
-    whole: tuple[int, ...]
-    """The leaf's shape."""
+    leaf_shape: tuple[int, ...]
     origin: Sequence[jax.Array]
-    """The index in the leaf of the part's first element."""
+    """The index in the leaf of the shard's first element."""
     axes: tuple[str, ...] = ()
-    """The mesh axes over which the leaf is spread."""
+    """The mesh axes that shard the leaf."""
     unaligned: tuple[str, ...] = ()
-    """The mesh axes over which its last axis is spread, if their edges split blocks."""
+    """The mesh axes that shard the leaf's last axis, if shard edges split blocks."""
 
     def position(
         self, row: jax.Array, column: jax.Array, width: int, shape: Sequence[int]
     ) -> Position:
-        """Return where [row, column : column + width] of a part of this shape is in the leaf."""
+        """Return the leaf position of [row, column : column + width] in a part of this shape."""
         *leading, last = (jnp.asarray(x, jnp.uint32) for x in self.origin)
         row, column = row.astype(jnp.uint32), column.astype(jnp.uint32)
-        if tuple(shape[:-1]) != self.whole[:-1]:
+        if tuple(shape[:-1]) != self.leaf_shape[:-1]:
             indices, row = jnp.unravel_index(row, shape[:-1]), jnp.zeros_like(row)
-            for index, first, size in zip(indices, leading, self.whole, strict=False):
+            for index, first, size in zip(indices, leading, self.leaf_shape, strict=False):
                 row = row * jnp.uint32(size) + index + first
         lane = jax.lax.broadcasted_iota(
             jnp.uint32, (*(1 for _ in row.shape[:-1]), width), row.ndim - 1
@@ -62,22 +61,22 @@ class Shard(NamedTuple):
         return Position(row, column + last, lane)
 
     def positions(self, shape: Sequence[int]) -> Position:
-        """Return the position of all elements of a part of this shape."""
+        """Return the leaf positions of all elements of a part of this shape."""
         row = jnp.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)
         return self.position(row, jnp.zeros_like(row), shape[-1], shape)
 
     def mean(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Return means over the leaf of arrays of this part."""
+        """Return means over the leaf of arrays of this shard."""
         return self.mean_of_sums([jnp.sum(x) for x in xs])
 
     def mean_of_sums(self, sums: Sequence[jax.Array]) -> list[jax.Array]:
-        """Return means over the leaf from sums over this part."""
-        size = math.prod(self.whole)
+        """Return means over the leaf from sums over this shard."""
+        size = math.prod(self.leaf_shape)
         return [(jax.lax.psum(x, self.axes) if self.axes else x) / size for x in sums]
 
 
 def is_unknown(u: jax.Array, sharding: NamedSharding | None) -> bool:
-    """Whether a leaf may be sharded in a way that only XLA's partitioner will know."""
+    """Whether a leaf may have a sharding that only XLA's partitioner knows."""
     kinds = jax.typeof(u).sharding.mesh.axis_types
     if sharding is not None or AxisType.Explicit in kinds or AxisType.Manual in kinds:
         return False
@@ -92,9 +91,9 @@ def per_shard(
     operands: Operands,
     sharding: NamedSharding | None,
 ) -> Result:
-    """Return the results of all shards of the leaf, sharded as the operands they are written over.
+    """Run the step of each shard; each result has the sharding of the operand it replaces.
 
-    `sharding` is the leaf's on automatic axes, if known.
+    `sharding` is the leaf's sharding on automatic axes, if known.
     """
     u = operands.update
     replaced = Result(step.aliased.of(operands), operands.moments)
@@ -112,7 +111,7 @@ def per_shard(
         return local(Shard(u.shape, [jnp.uint32(0)] * u.ndim), *arrays)
 
     def split(mesh: Any, spec: P) -> tuple[Callable[..., Any], list[P], list[P]]:
-        """Return what each device runs, and the specs of its operands and results."""
+        """Return the function for each device, and the specs of its operands and results."""
         spec = drop_indivisible(mesh, spec, u.shape)
         axes = [name for entry in spec for name in names(entry)]
         last = names(spec[-1])
@@ -144,7 +143,7 @@ def per_shard(
             x if role is Role.LEAF else jax.reshard(x, NamedSharding(mesh, spec))
             for x, role, spec in zip([*arrays, *indices], [*roles, *u.shape], inputs, strict=True)
         ]
-        kept = jax.tree.leaves(replaced)  # whose types the results must have, for a scan
+        kept = jax.tree.leaves(replaced)  # a scan needs results of the same types
         out = [
             jax.reshard(x, jax.typeof(k).sharding)
             for x, k in zip(mapped(mesh, inputs, outputs, part)(*given), kept, strict=True)
@@ -152,7 +151,7 @@ def per_shard(
     elif sharding is not None:
         part, inputs, outputs = split(sharding.mesh, sharding.spec)
         out = mapped(sharding.mesh, inputs, outputs, part)(*arrays, *indices)
-    elif step.platform == "tpu":  # on several devices JAX raises, and says to use shard_map
+    elif step.platform == "tpu":  # on several devices JAX raises and recommends shard_map
         out = _without_derivative(whole)(*arrays)
     else:
         out = _partitioned(whole, split, u.ndim, roles, written)(*arrays, *indices)
@@ -166,7 +165,7 @@ def _partitioned(
     roles: Sequence[Role],
     written: Sequence[Role],
 ) -> Callable[..., Any]:
-    """`whole`, for which the partitioner puts what `split` says. Under vmap it is `whole`."""
+    """Return `whole`, which the partitioner splits by `split`, except under vmap."""
 
     def unsplit(*arrays: jax.Array) -> Any:
         return whole(*arrays[:-ndim])
@@ -194,7 +193,7 @@ def _partitioned(
 
 
 def _without_derivative(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, whose derivative raises an error."""
+    """Return the function with a derivative that raises an error."""
 
     @jax.custom_jvp
     def underived(*arrays: jax.Array) -> Any:
@@ -208,7 +207,7 @@ def _without_derivative(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rule(ndim: int, roles: Sequence[Role], written: Sequence[Role]) -> str:
-    """Return which axes of the operands are equal, in the notation of custom_partitioning."""
+    """Return the sharding rule for `custom_partitioning`: equal names for equal axes."""
     axes = [f"i{k}" for k in range(ndim)]
 
     def factors(k: int, role: Role) -> str:
@@ -216,14 +215,14 @@ def _rule(ndim: int, roles: Sequence[Role], written: Sequence[Role]) -> str:
         return " ".join({Role.LEAF: axes, Role.SCALES: scales, Role.REPLICATED: [f"o{k}"]}[role])
 
     given = [factors(k, role) for k, role in enumerate(roles)]
-    # scales are operands and results in the same order
+    # operands and results have their scales in the same order
     at = iter([k for k, role in enumerate(roles) if role is Role.SCALES])
     results = [factors(next(at) if role is Role.SCALES else 0, role) for role in written]
     return f"{', '.join([*given, *axes])} -> {', '.join(results)}"
 
 
 def _roles(tree: PyTree) -> list[Role]:
-    """Return how each array of a leaf is sharded."""
+    """Return the role of each array of a tree."""
     stored = jax.tree.leaves(tree, is_leaf=is_quantized)
     per_leaf = [(Role.LEAF, Role.SCALES) if is_quantized(x) else (Role.LEAF,) for x in stored]
     return [role for each in per_leaf for role in each]

@@ -1,4 +1,4 @@
-"""A leaf's step as backends see it: its operands, its result, and how parts make up a leaf."""
+"""The step of a leaf: types of its operands, results, and part of the leaf."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from adam_jax.storage._moments import BlockAbsmax, Stored, is_quantized
 from adam_jax.storage._random_bits import Position, positions
 
 Means: TypeAlias = Sequence[jax.Array]
-"""The scalar means of the arrays that one call of `mean` is given."""
+"""The means that one call of `mean` returns, one scalar per array."""
 
 Moments: TypeAlias = Sequence[tuple[Stored, ...]]
-"""For each rule that acts on the leaf, its moments."""
+"""The moments of each rule that acts on the leaf."""
 
 
 class Operands(NamedTuple):
-    """What a step reads: the first four have the leaf's shape, or that of a part of it."""
+    """The operands of a step; the first four have the shape of the leaf, or of a part of it."""
 
     update: jax.Array
     """The gradient, or the direction of another transformation."""
@@ -38,7 +38,7 @@ class Operands(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a step writes."""
+    """The results of a step."""
 
     output: PyTree
     """The update, or the new parameter."""
@@ -46,29 +46,29 @@ class Result(NamedTuple):
 
 
 class Aliased(enum.Enum):
-    """The operand that a step's output is written over."""
+    """The operand whose buffer a step's output reuses."""
 
     UPDATE = "update"
     PARAM = "param"
 
     def of(self, operands: Operands) -> PyTree:
-        """Return that operand."""
+        """Return the aliased operand."""
         return operands.update if self is Aliased.UPDATE else operands.param
 
 
 class Part(NamedTuple):
-    """How the arrays of a step are part of the leaf."""
+    """The relation of a step's arrays to the whole leaf."""
 
     mean: Callable[[Sequence[jax.Array]], Means]
     """Returns means over the whole leaf."""
     position: Callable[[], Position]
-    """Returns where the elements are in the leaf, for random bits."""
+    """Returns the positions of the elements in the leaf, for random bits."""
     block_absmax: BlockAbsmax | None = None
-    """Computes block maxima if this part has only some of the elements of a block."""
+    """Computes block maxima if this part splits blocks."""
 
 
 class Step(Protocol):
-    """The step of one leaf, or of a part of it. It is the same function in every backend."""
+    """The step of one leaf, or of a part of it; every backend runs the same function."""
 
     @property
     def aliased(self) -> Aliased: ...
@@ -82,18 +82,18 @@ class Step(Protocol):
     def __call__(
         self, operands: Operands, part: Part
     ) -> tuple[PyTree, Callable[[jax.Array | None], Moments]]:
-        """Return the output, and a function from seeds to the new moments as they are stored."""
+        """Return the output, and a function from seeds to the encoded new moments."""
         ...
 
 
 def complete(step: Step, operands: Operands, part: Part) -> Result:
-    """Return the result of a step."""
+    """Run a step and encode its moments."""
     output, encode = step(operands, part)
     return Result(output, encode(operands.seeds))
 
 
 def mean_sizes(step: Step, operands: Operands) -> list[int]:
-    """Return how many arrays each call of `mean` takes in a step."""
+    """Return the number of arrays in each of a step's calls of `mean`."""
     sizes: list[int] = []
 
     def mean(xs: Sequence[jax.Array]) -> Means:
@@ -110,7 +110,7 @@ def mean_sizes(step: Step, operands: Operands) -> list[int]:
 def next_averaged(
     step: Step, operands: Operands, part: Part, known: Sequence[Means]
 ) -> Sequence[jax.Array]:
-    """Return the arrays that a step averages in the first call of `mean` that isn't known yet."""
+    """Return the arrays in a step's first call of `mean` whose result isn't in `known`."""
     calls: list[Sequence[jax.Array]] = []
 
     def mean(xs: Sequence[jax.Array]) -> Means:
@@ -123,13 +123,13 @@ def next_averaged(
 
 
 def known_mean(means: Sequence[Means]) -> Callable[[Sequence[jax.Array]], Means]:
-    """Return a `mean` that has been computed before."""
+    """Return a `mean` function that returns precomputed means, in order."""
     known = iter(means)
     return lambda _: next(known)
 
 
 def spans(tree: PyTree) -> list[int]:
-    """Return, for each array, the leaf's columns per column: its block for scales, else 1."""
+    """Return the leaf columns per column of each array: the block size for scales, else 1."""
     stored = jax.tree.leaves(tree, is_leaf=is_quantized)
     per_leaf = [(1, x.elements_per_scale) if is_quantized(x) else (1,) for x in stored]
     return [span for each in per_leaf for span in each]

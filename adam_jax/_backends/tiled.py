@@ -1,9 +1,9 @@
-"""A loop over tiles of a leaf, everything updated in place: temporaries of a tile, not of a leaf.
+"""A loop over the tiles of a leaf that updates it in place: temporary buffers fit one tile.
 
-The direction is written over the gradient, or the new parameter over the old. Each tile is read and
-computed inside a `lax.cond`: without that boundary XLA fuses reads of one buffer past writes of
-another and copies a whole buffer in each iteration. What is written goes through the loop as bits
-where it is bfloat16: XLA:CPU would convert all of it to float32 and back, for every tile.
+The direction replaces the gradient, or the new parameter the old one. Each tile is read and
+computed inside a `lax.cond`. Without this boundary, XLA fuses reads of one buffer past writes of
+another, and copies a whole buffer in each iteration. The loop carries bfloat16 results as bits,
+because XLA:CPU would convert the whole array to float32 and back for every tile.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from adam_jax.storage._moments import block_size
 from adam_jax.storage._random_bits import Position
 
 TILE = {"cpu": 2**17}
-"""Elements in a tile, by platform: on CPU what fits a core's cache."""
+"""Elements in a tile, by platform; on CPU, a tile fits a core's cache."""
 LARGE_TILE = 2**23
-"""Elements in a tile on other platforms, where a tile takes a launch."""
+"""Elements in a tile on other platforms, where each tile costs a launch."""
 
 
 def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
@@ -52,10 +52,10 @@ def _execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
     if shard.unaligned:
         return unaligned.execute_shard(step, operands, shard)
     written = Result(step.aliased.of(operands), operands.moments)
-    # a row of a tile is a block, or as long if nothing is quantized: random bits are keyed by rows
+    # a row is one block of the largest size, at least 128: random bits hash one key per row
     block = max([128, *(block_size(x) for moments in operands.moments for x in moments)])
     grid = _Grid.of(operands.update.shape, block, TILE.get(step.platform, LARGE_TILE))
-    before = _as_bits(written)
+    old_bits = _as_bits(written)
 
     def tile_operands(tile: _Tile, old: Result) -> tuple[Operands, Part]:
         output, moments = _as_given(tile.read(old), written)
@@ -72,23 +72,23 @@ def _execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
 
     def add(tile: _Tile, sums: Sequence[jax.Array]) -> Sequence[jax.Array]:
         def new() -> Sequence[jax.Array]:
-            xs = next_averaged(step, *tile_operands(tile, before), means)
+            xs = next_averaged(step, *tile_operands(tile, old_bits), means)
             return [jnp.sum(x) for x in tile.owned(xs, jax.tree.map(jnp.zeros_like, xs))]
 
-        return jax.tree.map(jnp.add, sums, tile.bounded(new))
+        return jax.tree.map(jnp.add, sums, tile.in_cond(new))
 
     def advance(tile: _Tile, old: Result) -> Result:
         def new() -> Result:
             new = complete(step, *tile_operands(tile, old))
             return tile.owned(_as_bits(new), tile.read(old))
 
-        return tile.write(old, tile.bounded(new))
+        return tile.write(old, tile.in_cond(new))
 
     means: list[Means] = []
-    for size in mean_sizes(step, operands):  # a pass for each mean, in which nothing is written
+    for size in mean_sizes(step, operands):  # one read-only pass per call of `mean`
         zeros = [jnp.zeros([], operands.scalars.dtype)] * size
         means.append(shard.mean_of_sums(grid.loop(add, zeros)))
-    return _as_given(grid.loop(advance, before), written)
+    return _as_given(grid.loop(advance, old_bits), written)
 
 
 def _as_bits(tree: Any) -> Any:
@@ -107,10 +107,10 @@ def _as_given(tree: Any, like: Any) -> Any:
 
 
 class _Grid(NamedTuple):
-    """How a leaf is cut along one axis into tiles, and each tile seen as rows of blocks.
+    """A partition of a leaf along one axis into tiles, each viewed as rows of `lanes` columns.
 
-    The tiles step by `step` and are `size` long. Where that is not the same, or does not divide the
-    axis, neighbours overlap, and an element is the tile's whose step it is in.
+    Tiles start `step` apart and are `size` long. If the two differ, or `step` doesn't divide the
+    axis, neighbors overlap, and an element belongs to the tile whose step contains it.
     """
 
     shape: tuple[int, ...]
@@ -130,23 +130,23 @@ class _Grid(NamedTuple):
         return cls(shape, axis, step, min(step + shape[-1] % block, shape[-1]), block)
 
     @property
-    def along(self) -> int:
-        """Tiles along the axis; the last may be longer than a step."""
+    def tiles_along(self) -> int:
+        """Return the number of tiles along the axis; the last may be longer than a step."""
         return max(1, -(-(self.shape[self.axis] - (self.size - self.step)) // self.step))
 
     @property
     def lanes(self) -> int:
-        """Columns in a row of a tile: a block where blocks fit, else all that the tile has."""
+        """Return the columns of a tile's rows: a block if blocks divide the width, else all."""
         width = self.size if self.axis == len(self.shape) - 1 else self.shape[-1]
         return width if width % self.block else self.block
 
     def loop(self, advance: Callable[[_Tile, Any], Any], state: Any) -> Any:
-        tiles = self.along * math.prod(self.shape[: self.axis])
+        tiles = self.tiles_along * math.prod(self.shape[: self.axis])
         return jax.lax.fori_loop(0, tiles, lambda i, s: advance(_Tile(self, i, tiles), s), state)
 
 
 def _divisor(n: int, most: int) -> int:
-    """A divisor of n that is not much below the most that fits; else the most."""
+    """Return the largest divisor of n in (most/2, most], or min(n, most) if there is none."""
     most = min(n, most)
     return next((d for d in range(most, most // 2, -1) if n % d == 0), most)
 
@@ -159,13 +159,15 @@ class _Tile(NamedTuple):
     tiles: int
 
     def _lead_and_start(self) -> tuple[jax.Array, jax.Array]:
-        """The index over the axes in front, raveled, and the first index along the axis."""
+        """Return the raveled index over the leading axes, and the tile's start along the axis."""
         grid = self.grid
-        start = jnp.minimum(self.i % grid.along * grid.step, grid.shape[grid.axis] - grid.size)
-        return self.i // grid.along, start
+        start = jnp.minimum(
+            self.i % grid.tiles_along * grid.step, grid.shape[grid.axis] - grid.size
+        )
+        return self.i // grid.tiles_along, start
 
     def _slices(self, block: int) -> tuple[list[Any], list[int]]:
-        """Where the tile is in an array whose last axis is counted in blocks, and its shape."""
+        """Return the tile's start and shape in an array with one column per `block`."""
         grid = self.grid
         lead, start = self._lead_and_start()
         starts: list[Any] = [*jnp.unravel_index(lead, grid.shape[: grid.axis])] if grid.axis else []
@@ -173,8 +175,8 @@ class _Tile(NamedTuple):
         sizes = [1] * grid.axis + [grid.size, *grid.shape[grid.axis + 1 :]]
         return [*starts[:-1], starts[-1] // block], [*sizes[:-1], -(-sizes[-1] // block)]
 
-    def bounded(self, new: Callable[[], Any]) -> Any:
-        """new(), behind the boundary that keeps XLA from copying buffers."""
+    def in_cond(self, new: Callable[[], Any]) -> Any:
+        """Return new(), computed in a `lax.cond` so that XLA doesn't copy buffers."""
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(new))
         return jax.lax.cond(self.i < self.tiles, new, lambda: nothing)
 
@@ -194,13 +196,15 @@ class _Tile(NamedTuple):
         return _map_spans(put, tree, new)
 
     def owned(self, new: Any, old: Any) -> Any:
-        """new where an element is this tile's, old where it is a neighbour's."""
+        """Select new for elements that belong to this tile, and old for a neighbor's."""
         grid = self.grid
         length = grid.shape[grid.axis]
         if grid.size == grid.step and length % grid.step == 0:
             return new
-        first = self.i % grid.along * grid.step
-        last = jnp.where(self.i % grid.along == grid.along - 1, length, first + grid.step)
+        first = self.i % grid.tiles_along * grid.step
+        last = jnp.where(
+            self.i % grid.tiles_along == grid.tiles_along - 1, length, first + grid.step
+        )
 
         def choose(block: int, n: jax.Array, o: jax.Array) -> jax.Array:
             sizes = self._slices(block)[1]
@@ -216,16 +220,16 @@ class _Tile(NamedTuple):
         return math.prod(self._slices(1)[1]) // self.grid.lanes
 
     def rows_and_columns(self) -> tuple[jax.Array, jax.Array]:
-        """Where in the array the matrix's rows begin: its row, over all axes but the last."""
+        """Return where the matrix's rows start in the array: raveled rows, and columns."""
         grid = self.grid
         lead, start = self._lead_and_start()
-        per_row = self._slices(1)[1][-1] // grid.lanes  # rows of the matrix in a row of the tile
+        rows_per_tile_row = self._slices(1)[1][-1] // grid.lanes
         at = jax.lax.iota(jnp.int32, self._rows())[:, None]
         if grid.axis == len(grid.shape) - 1:
             return jnp.broadcast_to(lead, at.shape), start + at * grid.lanes
         inner = math.prod(grid.shape[grid.axis + 1 : -1])
-        row = (lead * grid.shape[grid.axis] + start) * inner + at // per_row
-        return row, at % per_row * grid.lanes
+        row = (lead * grid.shape[grid.axis] + start) * inner + at // rows_per_tile_row
+        return row, at % rows_per_tile_row * grid.lanes
 
 
 def _map_spans(f: Callable[..., jax.Array], tree: PyTree, *rest: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""How kernels cut a leaf into tiles: blocks of rows, with masks where a tile leaves the leaf."""
+"""Tiles of a leaf for kernels: blocks of rows, masked where a tile exceeds the leaf."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adam_jax.storage._blockwise import split_blocks
 
 
 class Grid(NamedTuple):
-    """How a leaf, seen with two axes or more, is cut into tiles along its last two."""
+    """A partition of a leaf with two or more axes into tiles along its last two."""
 
     shape: tuple[int, ...]
     rows: int
@@ -23,7 +23,7 @@ class Grid(NamedTuple):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Tiles along each axis."""
+        """Return the number of tiles along each axis."""
         *leading, rows, columns = self.shape
         return *leading, pl.cdiv(rows, self.rows), pl.cdiv(columns, self.columns)
 
@@ -32,7 +32,7 @@ class Grid(NamedTuple):
         return math.prod(self.counts)
 
     def at(self, i: jax.Array) -> tuple[jax.Array, ...]:
-        """Where the i-th tile is, counted in tiles."""
+        """Return the multi-index of the i-th tile."""
         indices = []
         for count in reversed(self.counts):
             indices.append(jax.lax.rem(i, jnp.int32(count)))
@@ -40,16 +40,16 @@ class Grid(NamedTuple):
         return tuple(reversed(indices))
 
     def spec(self, span: int) -> pl.BlockSpec:
-        """The tile of an array of which one column stands for `span` of the leaf's."""
+        """Return the BlockSpec of an array with one column per `span` columns of the leaf."""
         leading = [None] * (len(self.shape) - 2)
         return pl.BlockSpec((*leading, self.rows, pl.cdiv(self.columns, span)), self.at)
 
     def view(self, x: jax.Array) -> jax.Array:
-        """An operand with the grid's axes."""
+        """Reshape an operand to the grid's axes."""
         return x.reshape(*self.shape[:-1], x.shape[-1])
 
     def rows_and_columns(self, i: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-        """Where the rows of a tile begin in the leaf, over all axes but the last, and its width."""
+        """Return a tile's rows, raveled over all axes but the last, its first column, and width."""
         *leading, row, column = self.at(i)
         first = jnp.int32(0)
         for index, size in zip(leading, self.shape, strict=False):
@@ -57,7 +57,7 @@ class Grid(NamedTuple):
         return first * self.shape[-2] + self._rows(row), column * self.columns, self.columns
 
     def mask(self, i: jax.Array, span: int) -> jax.Array | None:
-        """Which elements of a tile are in the leaf; None where all are."""
+        """Return which elements of a tile are in the leaf, or None if all are."""
         *_, row, column = self.at(i)
         masks = []
         if self.shape[-2] % self.rows:
@@ -67,12 +67,12 @@ class Grid(NamedTuple):
         return functools.reduce(jnp.logical_and, masks) if masks else None
 
     def owned(self, i: jax.Array, x: jax.Array) -> jax.Array:
-        """x where it is in the leaf, else 0."""
+        """Zero the elements of x outside the leaf."""
         mask = self.mask(i, 1)
         return x if mask is None else jnp.where(mask, x, 0)
 
     def block_absmax(self, i: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
-        """Return a function that finds block maxima; the last block may leave the leaf."""
+        """Return a function that computes block maxima and ignores elements outside the leaf."""
 
         def largest(magnitudes: jax.Array, block: int) -> jax.Array:
             if self.shape[-1] % self.columns:
@@ -91,9 +91,9 @@ class Grid(NamedTuple):
 
 
 def for_registers(shape: tuple[int, ...], block: int) -> Grid:
-    """Tiles for a GPU's program: a power of two of rows and columns, and few elements.
+    """Return small tiles for a GPU, whose rows and columns are powers of two.
 
-    As many columns as cut no block and leave the fewest outside of the leaf.
+    Tiles split no block. Among the widths with the least padding, the widest is used.
     """
     size = 2048
     rows, columns = math.prod(shape[:-1]), shape[-1]
@@ -104,9 +104,9 @@ def for_registers(shape: tuple[int, ...], block: int) -> Grid:
 
 
 def for_vectors(shape: tuple[int, ...], block: int) -> Grid:
-    """Tiles for a TPU's vector unit: multiples of (8, 128), or all of an axis.
+    """Return tiles for a TPU's vector unit: multiples of (8, 128), or whole axes.
 
-    A tile of many columns has 128 scales, or all. Axes in front stay: to merge them may be a copy.
+    Tiles span whole rows or a multiple of 128 scales. Merging the leading axes might copy the leaf.
     """
     size, lanes = 2**17, 128
     shape = (*(1 for _ in shape[:-1]), 1, *shape)[-max(2, len(shape)) :]

@@ -12,7 +12,7 @@ COMPILER = triton.CompilerParams(num_warps=4)
 
 
 def load(ref: Any, mask: Callable[[], jax.Array | None]) -> jax.Array:
-    """Read the elements of a tile that the mask selects; the others are undefined."""
+    """Read the elements of a tile that the mask selects; the rest is undefined."""
     inside = mask()
     return ref[...] if inside is None else triton.load(ref, mask=inside)
 

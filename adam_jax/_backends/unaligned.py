@@ -1,7 +1,7 @@
-"""The step of a shard whose edges split blocks: it finds block maxima across devices.
+"""The step of a shard whose edges split blocks, with block maxima computed across devices.
 
-Each device has all scales of the leaf. Inside, the shard is quantized in smaller blocks that no
-edge splits, each with the scale of the block that it is a part of.
+Each device has all scales of the leaf. The step uses smaller blocks that no edge splits, each with
+the scale of the block that contains it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from adam_jax.storage._moments import Stored, block_size
 
 
 def execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
-    """Run the step of the shard at once."""
+    """Run the step of the whole shard."""
     shape, columns = operands.update.shape, operands.update.shape[-1]
 
     def block_index(block: int) -> jax.Array:
-        """Return for each of the smaller blocks the index of the block that it is a part of."""
+        """Return the index of the block that contains each of the smaller blocks."""
         part = math.gcd(columns, block)
         parts = jax.lax.iota(jnp.uint32, columns // part)
         return (shard.origin[-1] // part + parts) // (block // part)
 
     def across_devices(largest: jax.Array, block: int) -> jax.Array:
-        """Return the largest of whole blocks from the largest of their parts."""
-        largest = jnp.where(jnp.isnan(largest), jnp.inf, largest)  # a maximum may drop a NaN
-        empty = jnp.zeros((*largest.shape[:-1], -(-shard.whole[-1] // block)), largest.dtype)
+        """Return the maxima of whole blocks from the maxima of their parts."""
+        largest = jnp.where(jnp.isnan(largest), jnp.inf, largest)  # a maximum may ignore a NaN
+        empty = jnp.zeros((*largest.shape[:-1], -(-shard.leaf_shape[-1] // block)), largest.dtype)
         whole = empty.at[..., block_index(block)].max(largest)
         return jax.lax.pmax(whole, shard.unaligned)
 

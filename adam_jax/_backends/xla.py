@@ -1,4 +1,4 @@
-"""Plain XLA: the step is traced as it is, and XLA fuses it."""
+"""The plain XLA backend, which traces the step unchanged for XLA to fuse."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from adam_jax.storage._random_bits import positions
 def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run the step of the whole leaf at once.
 
-    Explicit axes allow no reshape that splits a sharded axis into blocks, so quantized state is
-    stepped shard by shard there.
+    On explicit axes, no reshape may split a sharded axis into blocks, so quantized state is updated
+    shard by shard.
     """
     axis_types = jax.typeof(operands.update).sharding.mesh.axis_types
     if AxisType.Explicit in axis_types and any_quantized(operands.moments):
@@ -55,23 +55,23 @@ def _mean(xs: Sequence[jax.Array]) -> Means:
 
 
 def orders_writes() -> bool:
-    """Whether new moments are written after the new parameter, so that XLA:CPU copies nothing.
+    """Whether to write new moments after the new parameter, so that XLA:CPU copies none.
 
-    XLA:CPU computes new moments again for the direction, out of the old ones. If it may do so after
-    it has written what is stored, it copies the old ones first, which doubles the time of a step in
-    bfloat16. One element of the result is at hand only if leaves aren't spread over devices.
+    XLA:CPU recomputes new moments from the old ones for the direction. If it may do so after it
+    overwrites the old ones, it copies them first, which doubles the time of a bfloat16 step.
+    Ordering reads one element of the result, which is local only on a single device.
     """
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _after(result: jax.Array, seeds: jax.Array) -> jax.Array:
     """Return `seeds` with a fake data dependency on `result`, so that XLA schedules it first."""
-    first = result[(0,) * result.ndim]  # never both NaN and Inf, which XLA doesn't see
+    first = result[(0,) * result.ndim]  # XLA doesn't infer that it is never both NaN and Inf
     return seeds ^ (jnp.isnan(first) & jnp.isinf(first)).astype(seeds.dtype)
 
 
 def _new_param(step: Step, operands: Operands, output: PyTree) -> jax.Array:
-    """Return the new parameter, computed as Optax will compute it, so that XLA sees one sum."""
+    """Compute the new parameter exactly as Optax does, so that XLA computes the sum once."""
     if step.aliased is Aliased.PARAM:
         return jax.tree.leaves(output)[0]
     with jax.numpy_dtype_promotion("standard"):

@@ -1,8 +1,8 @@
-"""How a moment is stored.
+"""Storage formats for moments.
 
-A format is chosen per leaf when the state is made (`_policy`). From then on the state describes
-itself: its dtypes and shapes say how to read and write it (`_moments`), and an update never sees
-the policy. A format is a dtype (`_dense`), or codes with a scale per block (`_blockwise`, `_int8`).
+`init` chooses a format for each leaf (`_policy`). From then on, the dtypes and shapes of the state
+determine how to read and write it (`_moments`); updates don't use the policy. A format is either a
+dtype (`_dense`), or codes with a scale per block (`_blockwise`, `_int8`).
 """
 
 from adam_jax.storage._blockwise import Code, Quantized

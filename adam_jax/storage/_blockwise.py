@@ -1,7 +1,7 @@
 """Blockwise quantization: a code for each element, and a scale for each block of the last axis.
 
-Codes have the leaf's shape, and scales its shape with the last axis counted in blocks. So the
-parameter's PartitionSpec fits both, and their shapes and dtypes say how to read them.
+Codes have the leaf's shape. Scales have the same shape except for the last axis, with one scale per
+block. So the parameter's PartitionSpec fits both, and shapes and dtypes determine the decoding.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from adam_jax._util.typing import PyTree
 class Quantized(NamedTuple):
     """A quantized moment in a state: its codes and scales, each a tree like the parameters.
 
-    A leaf that isn't quantized has its values for codes, and scales of ones.
+    A leaf that isn't quantized has its values as codes, and ones as scales.
     """
 
     codes: PyTree
     scales: PyTree
 
     def __repr__(self) -> str:
-        """Show the trees, and how many leaves aren't quantized, so that none is so silently."""
+        """Show the trees, and how many leaves aren't quantized."""
         dtypes = [str(x.dtype) for x in jax.tree.leaves(self.codes) if hasattr(x, "dtype")]
         kept = sorted({d for d in dtypes if "float" in d and "float8" not in d})
         counts = "".join(f", {dtypes.count(d)} of {len(dtypes)} leaves kept {d}" for d in kept)
@@ -41,7 +41,7 @@ class QuantizedLeaf(NamedTuple):
 
     @property
     def elements_per_scale(self) -> int:
-        """How many elements share a scale: the power of two that the shapes imply."""
+        """Return how many elements share a scale: a power of two, inferred from the shapes."""
         block = 1
         while -(-self.codes.shape[-1] // block) > self.scales.shape[-1]:
             block *= 2
@@ -50,16 +50,16 @@ class QuantizedLeaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """How to quantize the numbers of one block, divided by their largest magnitude.
+    """A code for the numbers of one block, divided by the block's largest magnitude.
 
     Attributes:
-      dtype: of the codes; no two codes share one, because it says how a state is read.
+      dtype: the dtype of the codes. Each code needs its own, because it identifies the code.
       encode: (y, draw) → codes, with y in [-1, 1] ([0, 1] for a code of non-negative numbers) and
-        draw uniform in [0, 1) for stochastic rounding; it is 1/2 where the nearest is wanted.
-      decode: codes → y in float32. ±1 and 0 must come back exactly.
-      block: how many elements along the last axis share a scale, a power of two.
-      round_down: y → codes, rounded down, to zero too, for a running maximum; without it, such a
-        moment is rounded to nearest.
+        draw uniform in [0, 1) for stochastic rounding, or 1/2 to round to nearest.
+      decode: codes → y in float32. It must return ±1 and 0 exactly.
+      block: the number of elements along the last axis that share a scale, a power of two.
+      round_down: y → codes, rounded down, possibly to zero, for a running maximum. Without it, a
+        running maximum is rounded to nearest.
     """
 
     dtype: jax.typing.DTypeLike
@@ -70,7 +70,7 @@ class Code:
 
 
 def scales_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
-    """Return the shape of the scales of an array that is quantized in blocks."""
+    """Return the shape of the scales of an array with this shape."""
     return (*shape[:-1], -(-shape[-1] // block))
 
 
@@ -92,24 +92,24 @@ def encode(
 ) -> QuantizedLeaf:
     """Encode x, each block's largest magnitude exactly; an Inf or NaN makes its block NaN.
 
-    `block_absmax` finds each block's largest magnitude if x is only a part of the blocks. With
-    `down` nothing is rounded up, if the code can round down. With `saturate` a scale is the largest
-    finite number in place of Inf: the square of a finite gradient overflows above 1.8e19.
+    `block_absmax` computes each block's largest magnitude if x has only parts of blocks. `down`
+    rounds everything down if the code can. `saturate` replaces an Inf scale by the largest finite
+    number, because the square of a finite gradient overflows above 1.8e19.
     """
     n = x.shape[-1]
     magnitudes = _magnitudes(x)
-    largest = absmax(magnitudes, block) if block_absmax is None else block_absmax(magnitudes)
+    block_max = absmax(magnitudes, block) if block_absmax is None else block_absmax(magnitudes)
     if saturate:
-        largest = jnp.where(largest == jnp.inf, jnp.finfo(largest.dtype).max, largest)
+        block_max = jnp.where(block_max == jnp.inf, jnp.finfo(block_max.dtype).max, block_max)
     round_down = code.round_down if down else None
-    # scales that seldom change: with an equal scale, a value rounded down before stays as it is
-    scales = _power_of_four(largest) if round_down else largest
-    scales = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
+    # coarse scales seldom change; under an equal scale, a value rounded down once stays the same
+    scales = _round_up_scale(block_max) if round_down else block_max
+    scales = jnp.where(jnp.isfinite(block_max), scales, jnp.nan)
     # slightly above 1, so that rounding can't keep the block maximum from mapping to exactly 1; in
-    # two factors, because 1/scale leaves float32's range at both of its ends
-    halfway = jnp.where(scales > 1, 2.0**-63, 2.0**63).astype(jnp.float32)
-    inverse = jnp.where(scales > 0, (1 + 2.0**-22) / (scales * halfway), 0)
-    y = x * _per_element(halfway, block, n) * _per_element(inverse, block, n)
+    # two factors, because 1/scale can underflow or overflow
+    factor = jnp.where(scales > 1, 2.0**-63, 2.0**63).astype(jnp.float32)
+    inverse = jnp.where(scales > 0, (1 + 2.0**-22) / (scales * factor), 0)
+    y = x * _per_element(factor, block, n) * _per_element(inverse, block, n)
     y = at_least(y, jnp.where(x > 0, jnp.finfo(y.dtype).tiny, -1))  # no underflow
     y = at_most(y, 1)
     codes = round_down(y) if round_down else code.encode(y, draw)
@@ -117,7 +117,7 @@ def encode(
 
 
 def at_least(x: jax.Array, low: jax.typing.ArrayLike) -> jax.Array:
-    """Return maximum(x, low) in one instruction, without its handling of NaN."""
+    """Return maximum(x, low) in one instruction, without propagating NaN."""
     return jnp.where(x > low, x, low)
 
 
@@ -126,32 +126,32 @@ def at_most(x: jax.Array, high: jax.typing.ArrayLike) -> jax.Array:
 
 
 def absmax(magnitudes: jax.Array, block: int) -> jax.Array:
-    """Return the largest of each block of magnitudes."""
-    most = _bits(split_blocks(magnitudes, block))
-    # halves against each other: whole vectors, in one loop of XLA:CPU. (Into 16 against the next 16
-    # it would fuse what computes x, which codes and scales have to read from one array.)
-    while most.shape[-1] > 16:
-        half = most.shape[-1] // 2
-        most = jnp.maximum(most[..., :half], most[..., half:])
-    return jnp.max(_floats(most), axis=-1)
+    """Return the maximum of each block of magnitudes."""
+    maxima = _bits(split_blocks(magnitudes, block))
+    # compare halves, so that XLA:CPU runs one loop of whole vectors; comparing 16 with the next 16
+    # would fuse the computation of x, but codes and scales must read x from one array
+    while maxima.shape[-1] > 16:
+        half = maxima.shape[-1] // 2
+        maxima = jnp.maximum(maxima[..., :half], maxima[..., half:])
+    return jnp.max(_floats(maxima), axis=-1)
 
 
 def split_blocks(magnitudes: jax.Array, block: int) -> jax.Array:
-    """Return (…, blocks, block) from (…, n), the last block padded with zeros."""
+    """Reshape (…, n) to (…, blocks, block), padding the last block with zeros."""
     missing = -magnitudes.shape[-1] % block
     if missing:
         magnitudes = jnp.pad(magnitudes, [(0, 0)] * (magnitudes.ndim - 1) + [(0, missing)])
     return magnitudes.reshape(*magnitudes.shape[:-1], -1, block)
 
 
-def _power_of_four(x: jax.Array) -> jax.Array:
-    """Round x ≥ 0 up to the next of the numbers …, ⅛, ½, 2, 8, …; the largest of them is 2¹²⁷."""
+def _round_up_scale(x: jax.Array) -> jax.Array:
+    """Round x ≥ 0 up to the next of …, ⅛, ½, 2, 8, …, but at most to 2¹²⁷."""
     up = _bits(x) + 0x00FFFFFF & ~0x00FFFFFF
     return _floats(jnp.minimum(up, 0x7F000000))
 
 
 def _magnitudes(x: jax.Array) -> jax.Array:
-    """|x|, and Inf for a NaN, which compiled maxima may skip. Magnitudes order as their bits do."""
+    """Return |x|, with Inf for NaN, by comparing bits: float maxima may ignore a NaN."""
     return _floats(jnp.minimum(_bits(x) & 0x7FFFFFFF, 0x7F800000))
 
 
@@ -164,7 +164,7 @@ def _floats(bits: jax.Array) -> jax.Array:
 
 
 def _per_element(per_block: jax.Array, block: int, n: int) -> jax.Array:
-    """Return (…, n) from one value for each block."""
-    spread = jnp.broadcast_to(per_block[..., None], (*per_block.shape, block))
-    spread = spread.reshape(*per_block.shape[:-1], -1)
-    return spread if spread.shape[-1] == n else spread[..., :n]
+    """Repeat the value of each block, to shape (…, n)."""
+    repeated = jnp.broadcast_to(per_block[..., None], (*per_block.shape, block))
+    repeated = repeated.reshape(*per_block.shape[:-1], -1)
+    return repeated if repeated.shape[-1] == n else repeated[..., :n]

@@ -1,7 +1,7 @@
-"""8-bit codes by square roots: fine near zero, where most of a block lies.
+"""8-bit codes of square roots, which are precise near zero, where most of a block's values are.
 
-Rounding is stochastic and unbiased in the moment's own value, so that an average keeps following
-however slowly it moves. In benchmarks/ it is measured beside the other codes.
+Stochastic rounding is unbiased in the moment's own value, so that slowly changing averages keep
+changing. benchmarks/ compares these codes with others.
 """
 
 from __future__ import annotations
@@ -13,46 +13,46 @@ import numpy as np
 from adam_jax.storage._blockwise import Code, at_least, at_most
 
 
-def _levels(y: jax.Array, draw: jax.Array, n: int) -> jax.Array:
-    """q of 0 ≤ y ≤ 1, with (q/n)² equal to y on average."""
+def _round_sqrt(y: jax.Array, draw: jax.Array, n: int) -> jax.Array:
+    """Round n·√y to an integer q, so that (q/n)² is y on average, for 0 ≤ y ≤ 1."""
     w = y * n**2
     q = jnp.floor(jnp.sqrt(w))
     return jnp.where(draw * (2 * q + 1) < w - q * q, q + 1, q)
 
 
 def _encode_signed(y: jax.Array, draw: jax.Array) -> jax.Array:
-    q = _levels(jnp.abs(y), draw, 127)
-    return _whole(jnp.where(y < 0, -q, q)).astype(jnp.int8)
+    q = _round_sqrt(jnp.abs(y), draw, 127)
+    return _to_low_bits(jnp.where(y < 0, -q, q)).astype(jnp.int8)
 
 
 def _decode_signed(codes: jax.Array) -> jax.Array:
     q = codes.astype(jnp.float32)
-    return _exact_ends(q * jnp.abs(q), 127)
+    return _divide(q * jnp.abs(q), 127)
 
 
 def _encode_positive(y: jax.Array, draw: jax.Array) -> jax.Array:
-    q = _levels(y, draw, 255)
-    # nothing above zero becomes zero: a step would be m/ε where nu is 0 and mu is not
-    return _whole(at_least(q, jnp.where(y > 0, 1.0, 0.0))).astype(jnp.uint8)
+    q = _round_sqrt(y, draw, 255)
+    # no positive number becomes zero: where nu is 0 and mu isn't, a step is mu/ε
+    return _to_low_bits(at_least(q, jnp.where(y > 0, 1.0, 0.0))).astype(jnp.uint8)
 
 
 def _round_down_positive(y: jax.Array) -> jax.Array:
-    return _whole(jnp.floor(jnp.sqrt(y * 255**2))).astype(jnp.uint8)
+    return _to_low_bits(jnp.floor(jnp.sqrt(y * 255**2))).astype(jnp.uint8)
 
 
 def _decode_positive(codes: jax.Array) -> jax.Array:
     q = codes.astype(jnp.float32)
-    return _exact_ends(q * q, 255)
+    return _divide(q * q, 255)
 
 
-def _exact_ends(square: jax.Array, n: int) -> jax.Array:
-    """square / n², and exactly ±1 for ±n²: a quotient a hair too large, and cut off."""
+def _divide(square: jax.Array, n: int) -> jax.Array:
+    """Return square / n², clipped; the factor is slightly large, so that ±n² gives exactly ±1."""
     inverse = np.nextafter(np.float32(1 / n**2), np.float32(1))
     return at_most(at_least(square * inverse, -1), 1)
 
 
-def _whole(q: jax.Array) -> jax.Array:
-    """Whole numbers as integers, in one addition: the last bits of 1.5 · 2²³ + q."""
+def _to_low_bits(q: jax.Array) -> jax.Array:
+    """Return integers whose low bits are the whole number q, by one addition of 1.5 · 2²³."""
     return jax.lax.bitcast_convert_type(q + 1.5 * 2.0**23, jnp.int32)
 
 

@@ -1,4 +1,4 @@
-"""Reads and writes moments as they are stored, and makes those of a new state."""
+"""Decoding, encoding, and initialization of stored moments."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from adam_jax.storage._formats import Format, code_of, is_format
 from adam_jax.storage._policy import Storage, format_of, is_function
 
 Stored: TypeAlias = jax.Array | QuantizedLeaf
-"""One leaf of a moment, as the state has it."""
+"""One leaf of a moment, as stored in the state."""
 
 BlockAbsmax: TypeAlias = Callable[[jax.Array, int], jax.Array]
-"""(magnitudes of a part of a leaf, block) → the largest of each whole block."""
+"""(magnitudes of a part of a leaf, block size) → the maximum of each whole block."""
 
 
 def decode(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -45,15 +45,15 @@ def encode(
     average: bool = True,
     saturate: bool = False,
 ) -> Stored:
-    """Encode x as `stored` is, rounding to nearest without random bits.
+    """Encode x in the format of `stored`, rounding to nearest without random bits.
 
-    A moment that isn't an average is rounded down instead, if its code can round down. With
-    `saturate` the largest finite number stands for Inf and NaN.
+    A moment that isn't an average is rounded down if its code can. With `saturate`, Inf and NaN
+    give their block the largest finite scale.
     """
     if not isinstance(stored, QuantizedLeaf):
         return _dense.encode(x, stored, bits)
     uniform = jnp.float32(0.5) if bits is None else _uniform(bits)
-    # one x for scales and codes: compiled into both, it could round in two ways
+    # scales and codes must use one x: fused into both, it could round in two ways
     x = jax.lax.optimization_barrier(x.astype(jnp.float32))
     code = _code(stored)
     absmax = None if block_absmax is None else lambda x: block_absmax(x, code.block)
@@ -86,7 +86,7 @@ def _no_derivative(code: Code, *arguments: PyTree) -> PyTree:
 
 
 def finite(x: jax.Array) -> jax.Array:
-    """Return x with its largest finite number for Inf."""
+    """Return x with Inf replaced by the largest finite number."""
     largest = jnp.finfo(x.dtype).max
     return jnp.where(x > largest, largest, x)
 
@@ -99,20 +99,20 @@ def in_same_blocks(stored: Stored, other: Stored) -> bool:
 
 
 def with_nan_blocks(stored: QuantizedLeaf, other: QuantizedLeaf) -> QuantizedLeaf:
-    """Return a moment whose blocks are NaN if those of another moment of the leaf are."""
+    """Return a moment with NaN blocks where another moment of the leaf has them."""
     scales = jnp.where(jnp.isnan(other.scales), jnp.nan, stored.scales)
     return stored._replace(scales=scales)
 
 
 def stored_leaf(codes: jax.Array, scales: jax.Array | None) -> Stored:
-    """Return one leaf of a `Quantized` moment: codes with scales, or its values."""
+    """Return one leaf of a `Quantized` moment: codes with scales, or values."""
     if scales is None or code_of(getattr(codes, "dtype", None)) is None:
         return codes
     return QuantizedLeaf(codes, scales)
 
 
 def leaves(moment: PyTree) -> dict[Key, Stored]:
-    """Return the leaves of a moment by their keys, each as it is stored, out of their boxes."""
+    """Return the stored leaves of a moment by their keys, without boxes."""
     if not isinstance(moment, Quantized):
         return by_key(moment)
     codes, scales = by_key(moment.codes), jax.tree.leaves(moment.scales)
@@ -120,7 +120,7 @@ def leaves(moment: PyTree) -> dict[Key, Stored]:
 
 
 def with_leaves(moment: PyTree, new: Sequence[Stored]) -> PyTree:
-    """Return the moment with new leaves, stored as its own are."""
+    """Return the moment with new leaves, stored in the same formats."""
     if not isinstance(moment, Quantized):
         return jax.tree.unflatten(jax.tree.structure(moment), new)
     old = jax.tree.leaves(moment.scales)
@@ -131,17 +131,19 @@ def with_leaves(moment: PyTree, new: Sequence[Stored]) -> PyTree:
 
 def _code(stored: QuantizedLeaf) -> Code:
     code = code_of(stored.codes.dtype)
-    assert code is not None, f"{stored.codes.dtype} was registered when the state was made"
+    assert code is not None, (
+        f"codes must have a registered dtype, got {stored.codes.dtype}; register its format"
+    )
     return code
 
 
 def codes_or_values(stored: Stored) -> jax.Array:
-    """Return the array that has the leaf's shape."""
+    """Return the codes of a quantized leaf, else its values."""
     return stored.codes if isinstance(stored, QuantizedLeaf) else stored
 
 
 def block_size(stored: Stored) -> int:
-    """Return how many elements share a scale in this format; 1 if nothing is quantized."""
+    """Return the block size of a leaf's format, or 1 if the leaf isn't quantized."""
     return _code(stored).block if isinstance(stored, QuantizedLeaf) else 1
 
 
@@ -156,24 +158,24 @@ def any_quantized(moments: Sequence[Sequence[Stored]]) -> bool:
 
 
 def needs_random_bits(stored: PyTree) -> bool:
-    """Whether writing any of these moments takes random bits."""
+    """Whether encoding any of these moments uses random bits."""
     return any(x.dtype == jnp.bfloat16 or code_of(x.dtype) for x in jax.tree.leaves(stored))
 
 
 def dtypes(operands: PyTree) -> list[np.dtype]:
-    """Return the dtypes of a leaf's operands, in which a quantized moment counts as float32."""
+    """Return the dtypes of a leaf's operands; a quantized moment counts as float32."""
     kept = jax.tree.leaves(operands, is_leaf=is_quantized)
     return [x.scales.dtype if is_quantized(x) else x.dtype for x in kept]
 
 
 def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: Numeric) -> PyTree:
-    """Return a moment before the first step; a `Quantized` one if any leaf may be quantized."""
+    """Return the initial moment, which is `Quantized` if any leaf may be quantized."""
 
     def format(path: KeyPath, leaf: PyTree) -> Code | jax.typing.DTypeLike:
-        found = format_of(storage, name, path, leaf, signed=declared.signed)
-        if not isinstance(found, Format):
-            return found
-        return found.signed if declared.signed else found.positive
+        chosen = format_of(storage, name, path, leaf, signed=declared.signed)
+        if not isinstance(chosen, Format):
+            return chosen
+        return chosen.signed if declared.signed else chosen.positive
 
     def codes(path: KeyPath, leaf: PyTree) -> jax.Array:
         kept = format(path, leaf)
@@ -186,37 +188,37 @@ def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: 
         leaf = unbox(leaf)
         kept = format(path, leaf)
         if isinstance(kept, Code):
-            size = jnp.abs(jnp.asarray(value, jnp.float32))
+            magnitude = jnp.abs(jnp.asarray(value, jnp.float32))
             return _shard_like(
-                jnp.full(_blockwise.scales_shape(leaf.shape, kept.block), size), leaf
+                jnp.full(_blockwise.scales_shape(leaf.shape, kept.block), magnitude), leaf
             )
         return jnp.ones((*np.shape(leaf)[:-1], 1), jnp.float32)
 
     tree = map_with_path(codes, params)
     if not _may_be_quantized(storage, name, tree):
         return tree
-    # scales have another shape, which the axis names of the parameter's box may not fit
+    # the axis names of the parameter's box may not fit the scales, whose shape differs
     return Quantized(tree, jax.tree_util.tree_map_with_path(scales, params, is_leaf=is_box))
 
 
 def _shard_like(scales: jax.Array, leaf: PyTree) -> jax.Array:
-    """Shard scales as their leaf, along the axes that the devices divide.
+    """Shard scales like their leaf, along the axes that the mesh divides evenly.
 
-    A traced leaf has a known sharding on explicit mesh axes only.
+    The sharding of a traced leaf is known on explicit mesh axes only.
     """
     traced = isinstance(leaf, Tracer)
     sharding = jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return scales
     spec = drop_indivisible(sharding.mesh, sharding.spec, scales.shape)
-    like = NamedSharding(sharding.mesh, spec)
+    target = NamedSharding(sharding.mesh, spec)
     if not traced:
-        return jax.device_put(scales, like)
-    return jax.reshard(scales, like) if AxisType.Explicit in like.mesh.axis_types else scales
+        return jax.device_put(scales, target)
+    return jax.reshard(scales, target) if AxisType.Explicit in target.mesh.axis_types else scales
 
 
 def _may_be_quantized(storage: Storage, name: str, codes: PyTree) -> bool:
-    """Whether a moment is `Quantized`, which a function of the leaves decides by its results."""
+    """Whether a moment is `Quantized`; if `storage` is a function, its results decide."""
     if is_function(storage):
         leaves = jax.tree.leaves(codes)
         return not leaves or any(code_of(leaf.dtype) for leaf in leaves)

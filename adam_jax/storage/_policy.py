@@ -1,4 +1,4 @@
-"""Which format a moment of a leaf gets: read once, when the state is made."""
+"""The choice of a format for each leaf of a moment, made once, in `init`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from adam_jax.storage import _dense
 from adam_jax.storage._formats import FORMATS, Format, floating, is_format, names
 
 MIN_SIZE = 4096
-"""Leaves with fewer elements stay unquantized, unless a function of the leaf asks for a code."""
+"""Leaves with fewer elements aren't quantized, unless a storage function requests it."""
 
 
 Storage: TypeAlias = Any
-"""A format's name, a dtype, {moment: either}, a function (path, leaf) of these; None: default."""
+"""A format's name, a dtype, {moment: either}, a function (path, leaf) → these, or None: default."""
 
 
 def format_of(storage: Storage, name: str, path: KeyPath, leaf: PyTree, *, signed: bool) -> PyTree:
-    """Return what the moment `name` of one leaf is kept in: a dtype, or a `Format`.
+    """Return the format of the moment `name` of one leaf: a dtype, or a `Format`.
 
-    A signed moment of a complex leaf is complex, whatever real format is asked for; a dtype that
-    `with_dtype` put there, such as Optax's mu_dtype, is taken as it is, as in Optax.
+    A signed moment of a complex leaf stays complex even if `storage` names a real format. But as in
+    Optax, a dtype set by `with_dtype`, such as mu_dtype, is used unchanged.
     """
     by_leaf = is_function(storage)
     if by_leaf:
@@ -40,14 +40,14 @@ def format_of(storage: Storage, name: str, path: KeyPath, leaf: PyTree, *, signe
         return default
     kept = check_format(storage)
     if isinstance(kept, Format):
-        coded = _codable(leaf) and (by_leaf or np.size(leaf) >= MIN_SIZE)
-        return kept if coded else arithmetic_dtype(default)
-    loses = signed and jnp.iscomplexobj(leaf) and not jnp.issubdtype(kept, jnp.complexfloating)
-    return default if loses and not isinstance(storage, np.dtype) else kept
+        quantize = _can_quantize(leaf) and (by_leaf or np.size(leaf) >= MIN_SIZE)
+        return kept if quantize else arithmetic_dtype(default)
+    lossy = signed and jnp.iscomplexobj(leaf) and not jnp.issubdtype(kept, jnp.complexfloating)
+    return default if lossy and not isinstance(storage, np.dtype) else kept
 
 
-def _codable(leaf: PyTree) -> bool:
-    """Codes are of real numbers, and a scale beside each element would save nothing."""
+def _can_quantize(leaf: PyTree) -> bool:
+    """Whether a leaf is real, and has several elements per scale, so that codes save memory."""
     return (
         np.size(leaf) > 0
         and np.ndim(leaf) > 0
@@ -57,23 +57,25 @@ def _codable(leaf: PyTree) -> bool:
 
 
 def may_quantize(storage: Storage, moments: Collection[str]) -> bool:
-    """Whether any of these moments may come to be coded."""
+    """Whether any of these moments may be quantized."""
     if isinstance(storage, Mapping):
         return any(is_format(storage.get(name)) for name in moments)
     return bool(moments) and (is_format(storage) or is_function(storage))
 
 
 def may_round(storage: Storage, moments: Collection[str]) -> bool:
-    """Whether any of these moments is asked for in fewer bits than float32."""
+    """Whether any of these moments may be stored in fewer bits than float32."""
     formats = [storage.get(n) for n in moments] if isinstance(storage, Mapping) else [storage]
     narrow = [f is not None and not is_function(f) and floating(f) == jnp.bfloat16 for f in formats]
     return any(narrow) or may_quantize(storage, moments)
 
 
 def unquantized(storage: Storage, name: str, because: str) -> Storage:
-    """`storage` with the default in the place of codes, for what cannot be coded."""
+    """Return `storage` with the default replacing quantized formats of moment `name`."""
     if isinstance(storage, Mapping) and is_format(storage.get(name)):
-        raise errors.value_error(f"storage={storage!r} codes {name}, {because}; give it a dtype")
+        raise errors.value_error(
+            f"storage={storage!r} must not quantize {name}, {because}; give it a dtype"
+        )
     if is_function(storage):
         function: PyTree = storage
         return lambda path, leaf: unquantized(function(path, leaf), name, because)
@@ -81,7 +83,7 @@ def unquantized(storage: Storage, name: str, because: str) -> Storage:
 
 
 def describe_storage(storage: Storage) -> str:
-    """`storage` as a repr shows it: int8[128] for codes in blocks of 128."""
+    """Return `storage` as shown in a repr, e.g. int8[128] for int8 in blocks of 128."""
     if is_format(storage):
         return f"{storage}[{FORMATS[storage].signed.block}]"
     if isinstance(storage, Mapping):
@@ -93,7 +95,7 @@ def describe_storage(storage: Storage) -> str:
 
 
 def check(storage: Storage, moments: Collection[str]) -> None:
-    """Raises where `storage` names a format or a moment that there is not."""
+    """Raise an error if `storage` names an unknown format or moment."""
     if is_function(storage):
         errors.storage_function(storage)
         return
@@ -101,7 +103,8 @@ def check(storage: Storage, moments: Collection[str]) -> None:
         for name, format in storage.items():
             if name not in moments:
                 raise errors.value_error(
-                    f"storage names the moment {name!r}; it has {', '.join(moments) or 'none'}"
+                    f"storage must name existing moments, got {name!r}; choose from "
+                    f"{', '.join(moments) or 'none'}"
                 )
             if format is not None:
                 check_format(format)
@@ -110,16 +113,16 @@ def check(storage: Storage, moments: Collection[str]) -> None:
 
 
 def check_format(storage: Storage) -> PyTree:
-    """A format given by name or dtype: a dtype, or a `Format`."""
+    """Return the dtype or `Format` for a name or dtype."""
     if is_format(storage):
         return FORMATS[storage]
     dtype = _dense_dtype(storage)
     if dtype is None:
         listed = ", ".join(map(repr, names()))
         raise errors.value_error(
-            f"storage must be one of {listed}, 'float64' or a complex dtype, a "
-            f"mapping from moments to these or a function (path, leaf) of these, got {storage!r}"
-            f"{_narrow(storage)}"
+            f"storage must be one of {listed}, 'float64', or a complex dtype, a mapping from "
+            f"moments to these, or a function (path, leaf) that returns these, got {storage!r}"
+            f"{_underflow_advice(storage)}"
         )
     return jax.dtypes.canonicalize_dtype(dtype)
 
@@ -127,17 +130,17 @@ def check_format(storage: Storage) -> PyTree:
 DENSE = tuple(
     map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float64, jnp.complex64, jnp.complex128))
 )
-"""The dtypes that moments are kept in. Squares of gradients underflow in narrower ones."""
+"""The dtypes of unquantized moments. In narrower ones, squares of gradients underflow."""
 
 
 def _dense_dtype(x: PyTree) -> PyTree:
-    """x as a dtype that moments are kept in; None if it is none."""
+    """Return x as a dtype in `DENSE`, or None if it isn't one."""
     dtype = floating(x)
     return dtype if dtype in DENSE else None
 
 
-def _narrow(x: PyTree) -> str:
-    """Return the advice for a floating-point dtype that moments are not kept in."""
+def _underflow_advice(x: PyTree) -> str:
+    """Return the advice for a floating-point dtype that isn't in `DENSE`."""
     dtype = floating(x)
     if dtype is None:
         return ""
@@ -145,27 +148,27 @@ def _narrow(x: PyTree) -> str:
 
 
 def with_dtype(storage: Storage, moment: str, argument: str, dtype: DType) -> Storage:
-    """`storage` with Optax's mu_dtype (or accumulator_dtype) merged in."""
+    """Return `storage` with Optax's mu_dtype (or accumulator_dtype) merged in."""
     if dtype is None:
         return storage
-    asked, dtype = dtype, _dense_dtype(dtype)
+    requested, dtype = dtype, _dense_dtype(dtype)
     if dtype is None:
         raise errors.value_error(
-            f"{argument} must be float32, bfloat16, float64 or a complex dtype, "
-            f"got {asked!r}; for other formats use storage= ({', '.join(names())})"
+            f"{argument} must be float32, bfloat16, float64, or a complex dtype, "
+            f"got {requested!r}; for other formats use storage= ({', '.join(names())})"
         )
     given = storage.get(moment) if isinstance(storage, Mapping) else storage
     if given is not None and (is_function(given) or check_format(given) != dtype):
         raise errors.value_error(
             f"{argument}={dtype} conflicts with storage={storage!r}; "
-            f"drop {argument} and write storage={{{moment!r}: {str(dtype)!r}, ...}}"
+            f"drop {argument}, and write storage={{{moment!r}: {str(dtype)!r}, ...}}"
         )
     rest = storage if isinstance(storage, Mapping) else {}
     return storage if given is not None else {**rest, moment: dtype}
 
 
 def renamed(storage: Storage, name: str, new: str) -> Storage:
-    """Return `storage` with another name for a moment."""
+    """Return `storage` with the moment `name` renamed to `new`."""
     if isinstance(storage, Mapping):
         return {new if k == name else k: f for k, f in storage.items()}
     if is_function(storage):
@@ -175,7 +178,7 @@ def renamed(storage: Storage, name: str, new: str) -> Storage:
 
 
 def split(storage: Storage, *groups: Collection[str]) -> list[Storage]:
-    """`storage` for each group of moments, where an optimizer has several rules with moments."""
+    """Split `storage` by groups of moments, for an optimizer of several rules with moments."""
     if not isinstance(storage, Mapping):
         return [storage] * len(groups)
     check(storage, [name for group in groups for name in group])

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 GOLDEN = np.uint32(0x9E3779B9)
-"""2³² over the golden ratio: its multiples lie far apart."""
+"""2³² divided by the golden ratio. Its multiples modulo 2³² are far apart."""
 
 
 class Position(NamedTuple):
-    """The position of elements in the leaf, [row, column + lane]; rows count all other axes."""
+    """The position of elements in the leaf: [row, column + lane]; rows ravel all other axes."""
 
     row: jax.Array
     column: jax.Array
@@ -23,47 +23,47 @@ class Position(NamedTuple):
 
 
 def positions(shape: tuple[int, ...]) -> Position:
-    """Return the positions of an array that is all of its leaf.
+    """Return the positions of an array that is a whole leaf.
 
-    It comes from iotas, which a partitioner splits as it splits the array: an element draws the
-    same number however it is sharded. (Inside a shard_map of one's own the index is the shard's.)
+    The partitioner shards the iotas like the array, so that random bits don't depend on sharding.
+    (Inside a user's own shard_map, positions are those in the shard.)
     """
-    per_row = (*shape[:-1], 1) if shape else ()
-    row = jnp.zeros(per_row, jnp.uint32)
+    row_shape = (*shape[:-1], 1) if shape else ()
+    row = jnp.zeros(row_shape, jnp.uint32)
     for axis, size in enumerate(shape[:-1]):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, per_row, axis)
+        iota = jax.lax.broadcasted_iota(jnp.uint32, row_shape, axis)
         row = row * jnp.uint32(size) + iota
     lane = jnp.zeros((), jnp.uint32)
     if shape:
-        per_lane = (*(1 for _ in shape[:-1]), shape[-1])
-        lane = jax.lax.broadcasted_iota(jnp.uint32, per_lane, len(shape) - 1)
+        lane_shape = (*(1 for _ in shape[:-1]), shape[-1])
+        lane = jax.lax.broadcasted_iota(jnp.uint32, lane_shape, len(shape) - 1)
     return Position(row, jnp.zeros_like(row), lane)
 
 
 @functools.cache
 def name_key(name: str) -> int:
-    """A name's share of a key: equal leaves, and moments, are rounded independently."""
+    """Return a hash of `name`, which makes the random bits of moments independent."""
     return zlib.crc32(name.encode())
 
 
-def random_bits(key: jax.Array, step: jax.Array, place: Position, name: str = "") -> jax.Array:
-    """Return 32 random bits per element of the leaf with this key at a step; others by name.
+def random_bits(key: jax.Array, step: jax.Array, position: Position, name: str = "") -> jax.Array:
+    """Return 32 random bits per element, keyed by leaf, step, position, and name.
 
-    The step is a uint32: float32 has no odd numbers above 2²⁴.
+    The step is a uint32, because float32 has no odd numbers above 2²⁴.
     """
     key = _mix(key ^ step) ^ jnp.uint32(name_key(name))
-    row = _mix(place.row ^ key) + place.column * GOLDEN
-    # once for each row: fused, it would be for each element
+    row = _mix(position.row ^ key) + position.column * GOLDEN
+    # fused, it would be computed for each element instead of each row
     row = jax.lax.optimization_barrier(row)
-    return _half_mix(row + place.lane * GOLDEN)
+    return _half_mix(row + position.lane * GOLDEN)
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32-bit integers in which every input bit moves every output bit."""
+    """Mix 32-bit integers bijectively, so that every input bit affects every output bit."""
     x = _half_mix((x ^ (x >> 16)) * np.uint32(0x21F0AAAD))
     return x ^ (x >> 15)
 
 
 def _half_mix(x: jax.Array) -> jax.Array:
-    """One multiplication of the two: enough for integers that lie far apart."""
+    """Mix with one multiplication instead of two, which is enough for integers far apart."""
     return (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
