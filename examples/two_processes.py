@@ -58,7 +58,7 @@ def run(directory: Path, until: int) -> float:
         return params, state, value
 
     def batch(t):
-        """What this process reads of the step's batch."""
+        """Return this process's part of the step's batch."""
         rng = np.random.default_rng(t)
         x, y = rng.normal(size=(64, 32)), rng.normal(size=(64, 8))
         mine = np.array_split(np.arange(64), jax.process_count())[jax.process_index()]
@@ -91,7 +91,7 @@ def run(directory: Path, until: int) -> float:
 
 
 def launch(processes: int, directory: Path, until: int) -> None:
-    """Starts the processes of one cluster and waits for them."""
+    """Start the processes of one cluster and wait for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
