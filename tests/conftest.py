@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 
-os.environ.pop("XLA_FLAGS", None)  # it could ask for virtual devices, as `Devices` does
+os.environ.pop("XLA_FLAGS", None)  # it could request virtual devices, as `Devices` does
 
 import hypothesis
 import jax
@@ -28,10 +28,10 @@ def pytest_configure(config: pytest.Config):
 
 
 class Devices:
-    """Gives each test its number of CPU devices, which a process has to start JAX anew to change.
+    """Gives each test the number of CPU devices that it needs.
 
-    Tests that need eight come last, so that a worker of pytest-xdist, which takes from either end
-    of what is left, seldom changes it.
+    Changing the number restarts JAX. Tests that need eight devices run last, so that a worker of
+    pytest-xdist seldom changes it.
     """
 
     @pytest.hookimpl(trylast=True)
@@ -41,7 +41,7 @@ class Devices:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item):
         if len(jax.devices("cpu")) != self.number(item):
-            jax.extend.backend.clear_backends()  # and all that was traced and compiled
+            jax.extend.backend.clear_backends()  # drops all traced and compiled programs
             jax.config.update("jax_num_cpu_devices", self.number(item))
 
     @staticmethod
@@ -51,7 +51,7 @@ class Devices:
 
 @pytest.fixture(autouse=True)
 def quickly(request: pytest.FixtureRequest):
-    """Most of the time XLA compiles; but for `slow` tests it leaves out most of LLVM's passes."""
+    """Leave out most of LLVM's passes, except in `slow` tests: XLA compiles most of the time."""
     slow = request.node.get_closest_marker("slow") is not None
     jax.config.update("jax_disable_most_optimizations", not slow)
 

@@ -1,14 +1,17 @@
-"""What several test modules share: rules with their references, trees, steps, and readings of HLO.
+"""Helpers of several test modules: rules with their references, trees, steps, compiled programs.
 
-A rule joins by being in `adam_jax.rules.RULES`; its hyperparameters' defaults are its reference's.
+Every rule in `adam_jax.rules.RULES` is tested. The tests' default hyperparameters are the ones of
+its reference.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +51,7 @@ def mars_reference(g, s, *, t, gamma=0.025, b1=0.95):
 REFERENCES = {"homemade": homemade_reference, "mars": mars_reference}
 RULES = {
     "homemade": homemade,
-    # all that make a direction of a gradient: not those that follow one, or need the parameters
+    # every rule that makes a direction from a gradient alone
     **{k: r for k, r in adam_jax.rules.RULES.items() if r.moments and "p" not in r.inputs},
 }
 REFERENCES = {name: f for name, f in vars(reference).items() if name in RULES} | REFERENCES
@@ -61,7 +64,7 @@ if missing := RULES.keys() - REFERENCES.keys():
 every_rule = pytest.mark.parametrize("name", RULES)
 
 TYPICAL = ("adam", "amsgrad", "stable_adamw", "trace")
-"""For what the engine does: a plain rule, one with a maximum, with a mean, without a step count."""
+"""Rules for tests of the engine: a plain one, with a maximum, with a mean, without a step count."""
 
 typical_rules = pytest.mark.parametrize("name", TYPICAL)
 
@@ -85,14 +88,14 @@ every_optimizer = pytest.mark.parametrize("name", FINISHED)
 
 
 def updates_over(tx, gradients, params=None):
-    """Return the updates over given gradients, the parameters standing still."""
+    """Return the updates for given gradients at fixed parameters."""
     params = jnp.zeros_like(gradients[0]) if params is None else params
     update = functools.partial(tx.update, params=params)
     return jax.lax.scan(lambda s, g: update(g, s)[::-1], tx.init(params), jnp.asarray(gradients))[1]
 
 
 def run_reference(name, gradients, **changes):
-    """Return the directions of a rule's reference, one for each gradient."""
+    """Return the direction of a rule's reference for each gradient."""
     state, out = {}, []
     for t, g in enumerate(gradients, start=1):
         u, state = REFERENCES[name](np.asarray(g), state, t=t, **{**defaults(name), **changes})
@@ -109,9 +112,32 @@ def gradients_with_everything(steps=60):
     return g
 
 
+# Storage
+
+
+@rule(signed=signed, positive=positive)
+def keep(g, signed, positive):
+    """Store the gradient and its magnitude."""
+    return g, g, abs(g)
+
+
+class Stored(NamedTuple):
+    """What is read back, by the kind of the moment."""
+
+    signed: jax.Array
+    positive: jax.Array
+
+
+def stored(x, storage):
+    """Return x and |x| as moments of this storage hold them, rounded once."""
+    tx = adam_jax.scale_by_rule(keep, storage=storage)
+    _, state = tx.update(jnp.asarray(x), tx.init(jnp.zeros_like(x)))
+    return Stored(**adam_jax.moments(state))
+
+
 # Trees
 
-# two leaves of one shape: each rule is compiled for each shape
+# two leaves share a shape, because each rule is compiled for each shape
 SHAPES = {"dense": {"kernel": (8, 4), "gate": (8, 4)}, "scale": ()}
 
 
@@ -169,8 +195,28 @@ def step_of(tx):
     return step
 
 
+@contextlib.contextmanager
+def traces():
+    """Return a list that grows by a name for each function that JAX traces inside."""
+    names = []
+
+    def listen(event, duration, fun_name="", **details):
+        if event == "/jax/core/compile/jaxpr_trace_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+        count = len(names)
+        jax.jit(lambda: 0)()
+        assert len(names) > count, "JAX reports traces by another name"
+        del names[count:]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def masters(tx):
-    """Keep the bits below bfloat16 parameters in 8 more."""
+    """Keep 8 more bits of each bfloat16 parameter."""
     return adam_jax.master_weights(tx, bits=24)
 
 
@@ -184,7 +230,7 @@ SENT = re.compile(r"= (.*) (all-gather|all-reduce|reduce-scatter|all-to-all|coll
 
 
 def sent(program):
-    """Return what the collectives of a compiled program carry: (operation, dtype, elements)."""
+    """Return (operation, dtype, elements) of the collectives in a compiled program."""
     found = []
     for match in SENT.finditer(program):
         for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
@@ -193,7 +239,7 @@ def sent(program):
 
 
 def largest_sent(program):
-    """Return the elements of the largest array that a collective carries."""
+    """Return the size of the largest array that a collective sends."""
     return max((n for *_, n in sent(program)), default=0)
 
 
@@ -201,7 +247,7 @@ def largest_sent(program):
 
 
 def says(function, *parts):
-    """Return a pattern of what a function says that has these parts, in any order and any words."""
+    """Return a pattern for messages of a function that contain these parts in any order."""
 
     def whole(part):
         start, end = (r"\b" if part[k].isalnum() else "" for k in (0, -1))

@@ -214,7 +214,7 @@ def yogi(g, s, *, t, b1=0.9, b2=0.999, eps=1e-3, eps_root=0.0, initial_accumulat
 
 
 def laprop(g, s, *, t, b1=0.9, b2=0.999, eps=1e-8):
-    """Ziyin, Wang & Ueda (2020), LaProp: normalise first, average afterwards.
+    """Ziyin, Wang & Ueda (2020), LaProp: normalize first, average afterwards.
 
     The authors' code (eps = 1e-15) averages lr * g / denominator: the same while lr is constant.
     Checked: that code, transcribed, 4e-15; once, by hand, pytorch_optimizer 2e-16 with its 1e-15
@@ -323,7 +323,7 @@ def adam_atan2(g, s, *, t, b1=0.9, b2=0.999, a=1.27, b=1.0):
 
 
 def adams(g, s, *, t, b1=0.9, b2=0.95, eps=1e-8):
-    """Zhang, Wang & Chen (2025), arXiv 2505.16363: the normaliser holds mu of the step before.
+    """Zhang, Wang & Chen (2025), arXiv 2505.16363: the normalizer holds mu of the step before.
 
     No bias corrections, so the first step is (1 - b1) / sqrt(1 - b2) = 0.45 for the defaults; t is
     not used. Another algorithm is called AdamS too (Zhou & Xie: stable weight decay).

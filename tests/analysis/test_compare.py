@@ -1,4 +1,4 @@
-"""`compare` runs what a plain loop would run, finds the best, and says what went wrong."""
+"""`compare` equals a plain loop, finds the best learning rate, and reports failures."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def plain(tx, seed, data):
 
 
 @pytest.mark.parametrize("name, make", [("adamw", adam_jax.adamw), ("sgd", None)])
-def test_equals_a_plain_run(name, make):
+def test_compare_equals_a_plain_training_loop(name, make):
     make = make or functools.partial(adam_jax.sgd, momentum=0.9)
     losses = comparison().losses[name]
     assert losses.shape == (len(RATES), len(SEEDS), STEPS)
@@ -88,10 +88,10 @@ def test_equals_a_plain_run(name, make):
         functools.partial(adam_jax.ademamix, warmup_steps=20),
         lambda lr: optax.chain(optax.clip_by_global_norm(1.0), adam_jax.lion(lr)),
         lambda lr: adam_jax.adamw(lambda step: lr * optax.linear_schedule(1.0, 0.0, STEPS)(step)),
-        lambda lr: optax.chain(optax.polyak_sgd(), optax.scale(lr)),  # which asks for the loss
+        lambda lr: optax.chain(optax.polyak_sgd(), optax.scale(lr)),  # takes the loss
     ],
 )
-def test_takes_every_kind_of_constructor(make):
+def test_compare_takes_every_kind_of_constructor(make):
     losses = run({"it": make}, learning_rates=[0.01], seeds=2).losses["it"]
     assert np.isfinite(losses).all()
     assert losses[..., -5:].mean() < losses[..., :5].mean()
@@ -103,7 +103,7 @@ def test_state_bytes_are_those_of_one_run():
     assert comparison().state_bytes == {"adamw": 2 * floats + 4, "sgd": floats}
 
 
-def test_best_is_the_lowest_final_loss():
+def test_best_has_the_lowest_final_loss():
     best = comparison().best("adamw")
     final = comparison().losses["adamw"][..., -4:].mean(axis=-1)
     assert best.index == final.mean(axis=1).argmin()
@@ -113,7 +113,7 @@ def test_best_is_the_lowest_final_loss():
 
 
 def made(final, rates=(0.1, 1.0, 10.0), **changes):
-    """A comparison with these final losses [learning rate, seed], which fall from 2."""
+    """Return a comparison with these final losses [learning rate, seed], falling from 2."""
     final = np.asarray(final, np.float32)[..., None]
     losses = final + np.linspace(2.0, 0.0, 40, dtype=np.float32)
     given = {
@@ -126,7 +126,7 @@ def made(final, rates=(0.1, 1.0, 10.0), **changes):
     return Comparison(**{**given, **changes})
 
 
-def test_table():
+def test_the_table_shows_loss_state_and_time():
     text = str(made([[0.5, 0.7], [0.2, 0.4], [3.0, np.nan]]))
     header, it, that, _, legend = text.splitlines()
     assert header.split() == ["best", "η", "final", "loss", "state", "step", "of", "6", "runs"]
@@ -136,14 +136,14 @@ def test_table():
     assert "last 4 of 40 steps" in legend and "2 seeds" in legend and "0.1 to 10" in legend
 
 
-def test_a_best_learning_rate_at_the_edge_is_said():
+def test_the_table_warns_if_the_best_learning_rate_is_at_the_edge():
     assert "at the edge: widen learning_rates" in made([[0.1], [0.2], [0.3]]).table()
     assert "edge" in made([[0.3], [0.2], [0.1]], rates=(1.0, 10.0, 0.1)).table()
     assert "edge" not in made([[0.3], [0.1], [0.2]]).table()
     assert "edge" not in made([[0.3]], rates=(1.0,)).table()
 
 
-def test_all_diverged():
+def test_without_a_finite_run_there_is_no_best():
     result = made([[np.nan, 1.0], [np.inf, 1.0], [1.0, -np.inf]])
     assert result.best("it") is None
     row = result.table().splitlines()[1]
@@ -174,7 +174,7 @@ def test_divergence_is_found_in_a_real_run():
 )
 def test_plot_is_a_labelled_figure(result, tmp_path):
     figure = result.plot()
-    figure.savefig(tmp_path / "plot.png")
+    figure.savefig(tmp_path / "plot.png", dpi=20)
     left, right = figure.axes
     assert left.get_xlabel() == "learning rate η" and left.get_ylabel() == "final training loss"
     assert right.get_xlabel() == "step" and right.get_ylabel() == "training loss"
@@ -187,11 +187,11 @@ def test_plot_is_readable_whatever_the_style(tmp_path):
 
     with style.context("dark_background"):
         figure = made([[0.5, 0.7], [0.2, 0.4], [0.4, 0.4]]).plot()
-        figure.savefig(tmp_path / "plot.png")
+        figure.savefig(tmp_path / "plot.png", dpi=20)
     texts = [*figure.axes[0].get_xticklabels(), figure.axes[0].title, figure.axes[0].xaxis.label]
     assert {text.get_color() for text in texts} == {"black"}
-    colours = [line.get_color() for line in figure.axes[0].get_lines()[::2]]
-    assert colours == ["#0072B2", "#D55E00"]
+    colors = [line.get_color() for line in figure.axes[0].get_lines()[::2]]
+    assert colors == ["#0072B2", "#D55E00"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_plot_is_readable_whatever_the_style(tmp_path):
         ({"loss": lambda params, batch: (1.0, {})}, ("loss", "scalar", "leave out")),
     ],
 )
-def test_errors_name_the_argument_the_value_and_the_remedy(changes, parts):
+def test_wrong_arguments_are_errors(changes, parts):
     with pytest.raises((ValueError, TypeError), match=says("compare", *parts)):
         run({"adam": adam_jax.adam}, **changes)
 
@@ -224,7 +224,7 @@ def test_errors_name_the_argument_the_value_and_the_remedy(changes, parts):
         ({"mine": lambda lr: lr}, ("constructors['mine']", "optax.GradientTransformation")),
     ],
 )
-def test_errors_about_constructors(constructors, parts):
+def test_wrong_constructors_are_errors(constructors, parts):
     with pytest.raises(TypeError, match=says("compare", *parts)):
         run(constructors)
 
@@ -254,7 +254,7 @@ def test_a_missing_package_is_named(package, act, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", tasks.TASKS)
-def test_command(task, tmp_path, capsys):
+def test_the_command_runs_every_task(task, tmp_path, capsys):
     path = tmp_path / "compare.png"
     names = {"digits": ["schedule_free_adamw"], "characters": ["nadamw"]}[task]
     options = ["--task", task, "--steps", "2", "--learning-rates", "0.001", "0.01", "--seeds", "1"]
@@ -265,7 +265,7 @@ def test_command(task, tmp_path, capsys):
     assert path.stat().st_size > 10_000
 
 
-def test_an_unknown_name_gets_one_line(capsys):
+def test_an_unknown_name_is_an_error_in_one_line(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "adamw", "adamm"])
     printed = capsys.readouterr().err

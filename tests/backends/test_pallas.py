@@ -1,4 +1,4 @@
-"""Kernels: interpreted they give the step at once, and they lower for devices that are not here."""
+"""Kernels equal plain XLA if interpreted, and lower for GPUs and TPUs that aren't here."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as
 
 import adam_jax
 from adam_jax._backends import choice, pallas
-from adam_jax._backends.hoist import hoist
-from adam_jax._engine.leaf import target_platform
-from helpers import QUICKLY, REFERENCES, defaults, homemade, largest_sent
+from helpers import QUICKLY, REFERENCES, defaults, homemade, largest_sent, typical_rules
 
 FORMATS = ("float32", "bfloat16", "int8")
 EVERY_RULE = {**adam_jax.rules.RULES, "homemade": homemade}
@@ -32,23 +30,20 @@ DEVICES = {
 
 
 def there(platform):
-    """A context that traces and lowers for a platform that isn't here."""
+    """Return a context that traces and lowers for a platform that isn't here."""
     mesh = AbstractMesh((), (), abstract_device=DEVICES[platform])
     return jax.sharding.use_abstract_mesh(mesh)
 
 
 def lowered(platform, update, *operands):
-    """The text of a program for a platform that isn't here."""
+    """Return the text of a program for a platform that isn't here."""
     with there(platform):
-        # Importing a compiler's part of Pallas adds to the key of JAX's caches: not while tracing,
-        # because leaves after the import would be traced again, which tests of counts would see.
-        pallas.TARGETS[target_platform()]()
         step = jax.jit(update).trace(*operands)
         return step.lower(lowering_platforms=(platform,)).as_text()
 
 
 def by_path(path, leaf):
-    """A leaf's name says what it is stored in, however small it is."""
+    """Choose the format by the leaf's name, however small the leaf is."""
     return path.split("/")[0]
 
 
@@ -59,7 +54,7 @@ def make(name, implementation):
 
 
 def leaves(shape=(5, 300)):
-    """A leaf for each format; neither rows nor columns fill the tiles."""
+    """Return a leaf for each format, whose rows and columns don't fill the tiles."""
     return {f: jax.random.normal(jax.random.key(k), shape) for k, f in enumerate(FORMATS)}
 
 
@@ -73,7 +68,7 @@ def trajectory(tx, params, update=None, steps=3):
 
 
 def assert_same(ours, expected, codes=0):
-    """Directions and float32 moments to rounding; what was rounded to codes, so many codes off."""
+    """Check floats up to rounding, and integers up to so many codes."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         if a.dtype == jnp.bfloat16:
@@ -86,26 +81,33 @@ def assert_same(ours, expected, codes=0):
 
 @pytest.mark.slow
 @every_rule
-def test_every_rule_in_every_format(name):
+def test_a_kernel_equals_xla_for_every_rule_and_format(name):
     ours, expected = (trajectory(make(name, i), leaves()) for i in ("pallas", "xla"))
-    # a mean is summed in another order, and what it multiplies may be rounded to a neighbour
+    # a mean is summed in another order, so that its products may round to a neighbor
     assert_same(ours, expected, codes=0 if "mean" not in EVERY_RULE[name].inputs else 1)
 
 
 @every_platform
 @every_rule
-def test_every_rule_lowers(name, platform):
+def test_every_rule_lowers_to_a_kernel(name, platform):
+    tx, params = make(name, "pallas"), {"int8": leaves()["int8"]}
+    program = lowered(platform, tx.update, params, tx.init(params), params)
+    assert program.count(CALL[platform]) == 1 + ("mean" in EVERY_RULE[name].inputs)
+
+
+@every_platform
+@typical_rules
+def test_every_format_lowers_to_a_kernel(name, platform):
     tx, params = make(name, "pallas"), leaves()
     program = lowered(platform, tx.update, params, tx.init(params), params)
-    formats = len(FORMATS) if EVERY_RULE[name].moments else 1  # without moments all are the same
     passes = 1 + ("mean" in EVERY_RULE[name].inputs)
-    assert program.count(CALL[platform]) == formats * passes
+    assert program.count(CALL[platform]) == len(FORMATS) * passes
 
 
 @pytest.mark.parametrize("shape", [(4096, 1024), (1335, 50257), (3, 3, 64, 64)])
 @every_platform
-def test_nothing_of_a_leafs_size_is_copied(shape, platform):
-    """The kernel, which writes over its operands, is all that touches such an array."""
+def test_a_kernel_copies_nothing_as_large_as_the_leaf(shape, platform):
+    """Only the kernel uses arrays of that size, and it writes over its operands."""
     tx = adam_jax.adamw(1e-3, storage="int8", implementation="pallas")
     p = jax.ShapeDtypeStruct(shape, jnp.float32)
     program = lowered(platform, tx.update, p, jax.eval_shape(tx.init, p), p)
@@ -117,7 +119,7 @@ def test_nothing_of_a_leafs_size_is_copied(shape, platform):
 
 
 def largest(line):
-    """The elements of the largest array in a line of a program."""
+    """Return the size of the largest array in a line of a program."""
     shapes = re.findall(r"tensor<([\dx]+)x\w+>", line)
     return max((np.prod([int(n) for n in shape.split("x")]) for shape in shapes), default=0)
 
@@ -130,7 +132,7 @@ SHAPES = [(1,), (129,), (33, 96), (700, 3), (500, 300), (2, 16_500), (3, 3, 64, 
 
 @pytest.fixture(params=["triton", "mosaic"])
 def interpreted(request, monkeypatch):
-    """An implementation that interprets a kernel with the tiles and masks of this compiler."""
+    """Interpret kernels with the tiles and masks of this compiler."""
     target = getattr(pallas, request.param)()
     target = target._replace(compiler=None, drop=(), interpret=True)
     monkeypatch.setattr(pallas, "TARGETS", {"cpu": lambda: target})
@@ -142,15 +144,15 @@ def interpreted(request, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name, shapes", [("adabelief", SHAPES), ("stable_adamw", SHAPES[3:5])])
-def test_every_shape(name, shapes):
-    """adabelief's moment of what is outside of the leaf is not 0, and must not count."""
+def test_a_kernel_equals_xla_for_every_shape(name, shapes):
+    """Elements outside of the leaf must not count; AdaBelief's moment of them is not 0."""
     params = {"int8": [jax.random.normal(jax.random.key(0), shape) for shape in shapes]}
     ours, expected = (trajectory(make(name, i), params, steps=2) for i in ("pallas", "xla"))
     assert_same(ours, expected)
 
 
-def test_leaves_without_a_kernel():
-    """No axis, no element, wider arithmetic."""
+def test_leaves_that_kernels_do_not_support_equal_xla():
+    """Step leaves without an axis, without an element, and of wider dtypes."""
     with jax.enable_x64(True):
         params = {
             "float32": {"scalar": jnp.float32(0.5), "empty": jnp.zeros((0, 3), jnp.float32)},
@@ -161,9 +163,10 @@ def test_leaves_without_a_kernel():
         chex.assert_trees_all_close(ours, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_parameters_and_gradients(dtype):
-    params = jax.tree.map(lambda p: p.astype(dtype), leaves())
+def test_a_kernel_equals_xla_for_bfloat16_and_float16():
+    x = leaves()
+    params = {"int8": {"float16": x["int8"].astype(jnp.float16)}}
+    params["bfloat16"] = x["bfloat16"].astype(jnp.bfloat16)
     txs = [adam_jax.adamw(1e-3, storage=by_path, implementation=i) for i in ("pallas", "xla")]
     chex.assert_trees_all_equal(*(trajectory(tx, params) for tx in txs))
 
@@ -175,9 +178,12 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("wrapper", NARROW)
-def test_parameters_are_stepped_in_place(wrapper):
-    """`apply`: the kernel writes over the parameter and what is kept of its bits."""
+@pytest.mark.parametrize(
+    "wrapper",
+    [pytest.param("plain", marks=pytest.mark.slow), "master_weights", "stochastic_rounding"],
+)
+def test_apply_steps_the_parameters_in_one_kernel(wrapper):
+    """The kernel of `apply` writes over the parameter and its residual."""
     params = {"int8": leaves()["int8"].astype(jnp.bfloat16)}
 
     def make(implementation):
@@ -199,28 +205,37 @@ def test_parameters_are_stepped_in_place(wrapper):
 # Transformations
 
 
-def test_a_population_is_its_members():
+def test_a_kernel_under_vmap_equals_xla():
     members = jax.random.normal(jax.random.key(0), (2, 5, 300))
     rates = jnp.array([1e-3, 2e-3])
 
-    def step(rate, p, implementation="pallas"):
-        tx = adam_jax.adamw(rate, storage=lambda *_: "int8", implementation=implementation)
-        return trajectory(tx, p, tx.update, steps=2)
+    def run(transform, implementation, rates, p):
+        def make(rate):
+            return adam_jax.adamw(rate, storage=lambda *_: "int8", implementation=implementation)
 
-    together = jax.jit(jax.vmap(step), compiler_options=QUICKLY)(rates, members)
+        def update(rate, g, state, p):
+            return make(rate).update(g, state, p)
+
+        step = jax.jit(transform(update), compiler_options=QUICKLY)
+        state = transform(make(1e-3).init)(p)
+        for t in (3.0, 4.0):
+            updates, state = step(rates, jnp.sin(p * t), state, p)
+        return updates, state
+
+    together = run(jax.vmap, "pallas", rates, members)
     for i in range(2):
-        alone = jax.jit(functools.partial(step, implementation="xla"), compiler_options=QUICKLY)
-        assert_same(jax.tree.map(lambda x, i=i: x[i], together), alone(rates[i], members[i]))
+        alone = run(lambda f: f, "xla", rates[i], members[i])
+        assert_same(jax.tree.map(lambda x, i=i: x[i], together), alone)
 
 
 @every_platform
-def test_a_population_lowers(platform):
+def test_a_kernel_under_vmap_lowers(platform):
     tx = adam_jax.stable_adamw(1e-3, storage=lambda *_: "int8", implementation="pallas")
     p = jnp.ones((2, 5, 300))
     assert CALL[platform] in lowered(platform, jax.vmap(tx.update), p, jax.vmap(tx.init)(p), p)
 
 
-def test_layers_stacked_under_scan():
+def test_a_kernel_under_scan_equals_xla():
     layers = jax.random.normal(jax.random.key(0), (3, 5, 300))
 
     def scanned(implementation):
@@ -236,8 +251,9 @@ def test_layers_stacked_under_scan():
     assert_same(scanned("pallas"), scanned("xla"))
 
 
-def test_gradient_and_state_are_donated():
-    tx, params = adam_jax.adamw(1e-3, storage=by_path, implementation="pallas"), leaves()
+def test_a_kernel_takes_donated_gradients_and_state():
+    tx = adam_jax.adamw(1e-3, storage=by_path, implementation="pallas")
+    params = {"int8": leaves()["int8"]}
     kept, donated = (
         jax.jit(tx.update, donate_argnums=numbers, compiler_options=QUICKLY)
         for numbers in ((), (0, 1))
@@ -251,22 +267,18 @@ def test_gradient_and_state_are_donated():
 
 
 @pytest.mark.standard_promotion
-def test_schedules_and_injected_hyperparams():
+def test_a_kernel_takes_schedules_and_injected_hyperparams():
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 5)
 
-    def adamw(learning_rate, b2, implementation):
-        return adam_jax.adamw(
-            learning_rate, b2=b2, storage=lambda *_: "int8", implementation=implementation
+    def injected(learning_rate, b2, implementation):
+        make = functools.partial(adam_jax.adamw, storage=by_path, implementation=implementation)
+        return optax.inject_hyperparams(make, static_args=("storage", "implementation"))(
+            learning_rate=learning_rate, b2=b2
         )
 
-    def injected(learning_rate, b2, implementation):
-        make = functools.partial(adamw, implementation=implementation)
-        return optax.inject_hyperparams(make)(learning_rate=learning_rate, b2=b2)
-
-    params = jax.random.normal(jax.random.key(0), (5, 300))
-    for build in (adamw, injected):
-        ours, expected = (trajectory(build(schedule, 0.99, i), params) for i in ("pallas", "xla"))
-        assert_same(ours, expected)
+    params = {"int8": leaves()["int8"]}
+    ours, expected = (trajectory(injected(schedule, 0.99, i), params) for i in ("pallas", "xla"))
+    assert_same(ours, expected)
 
 
 def test_a_gradient_through_a_kernel_is_an_error():
@@ -290,7 +302,7 @@ def test_a_gradient_through_a_kernel_is_an_error():
         ((8, 11008), P(None, ("data", "model"))),  # shards cut blocks
     ],
 )
-def test_a_sharded_leaf_is_stepped_shard_by_shard(shape, spec, kind):
+def test_kernels_step_a_sharded_leaf_shard_by_shard(shape, spec, kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     whole = jax.random.normal(jax.random.key(0), shape)
     make = functools.partial(adam_jax.stable_adamw, 1e-3, storage="int8")
@@ -307,7 +319,7 @@ def test_a_sharded_leaf_is_stepped_shard_by_shard(shape, spec, kind):
 
 
 @every_platform
-def test_a_sharded_leaf_lowers(platform):
+def test_kernels_for_a_sharded_leaf_lower(platform):
     kinds = (AxisType.Explicit,) * 2
     mesh = AbstractMesh(
         (4, 2), ("data", "model"), axis_types=kinds, abstract_device=DEVICES[platform]
@@ -324,35 +336,39 @@ def test_a_sharded_leaf_lowers(platform):
 # The choice of an implementation
 
 
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """Traces for a GPU; what is traced can be lowered for the CPU of its host, too."""
-    traced_anew = functools.partial(choice.choose)
-    monkeypatch.setitem(choice.BACKENDS, "auto", traced_anew)
-    with there("cuda"):
-        yield
-
-
 def kernels(tx, params):
     return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params)).count("pallas_call[")
 
 
 def on_the_host(tx, params):
-    """The step traced for a GPU, and compiled for the CPU of its host."""
+    """Return the step, traced for a GPU and compiled for the CPU of its host."""
     with there("cuda"):
         step = jax.jit(tx.update).trace(params, tx.init(params), params)
     return step.lower(lowering_platforms=("cpu",)).compile(QUICKLY)
 
 
-def test_auto_on_cpu():
+def test_auto_uses_no_kernel_on_cpu():
     assert kernels(adam_jax.adamw(1e-3, storage=by_path), leaves()) == 0
 
 
-@pytest.mark.usefixtures("on_gpu")
+@every_platform
 @pytest.mark.parametrize("name", FORMATS)
-def test_auto_takes_a_kernel_for_coded_state(name):
+def test_auto_uses_a_kernel_on_accelerators_for_int8_only(name, platform):
     tx = adam_jax.adamw(1e-3, storage=by_path)
-    assert (kernels(tx, {name: leaves()[name]}) > 0) == (name == "int8")
+    with there(platform):
+        assert (kernels(tx, {name: leaves()[name]}) > 0) == (name == "int8")
+
+
+def test_the_default_device_or_the_mesh_decides_about_kernels(monkeypatch):
+    """On a machine whose default backend is a GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    tx, params = adam_jax.adamw(1e-3, storage=by_path), {"int8": jnp.ones((7, 321))}
+    assert kernels(tx, params) > 0
+    for cpu in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(cpu):
+            assert kernels(tx, params) == 0
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        assert kernels(tx, params) == 0
 
 
 def test_auto_interprets_no_kernel_on_an_accelerators_host():
@@ -366,22 +382,23 @@ def test_auto_interprets_no_kernel_on_an_accelerators_host():
 
 @adam_jax.rule(mu=adam_jax.signed)
 def weighted(g, mu, *, b1=0.9):
-    """A rule that no kernel can run: it holds an array."""
+    """Return a direction with an array that is a constant, which no kernel supports."""
     mu = adam_jax.ema(b1, mu, g * jnp.asarray(np.full((1, 1), 0.5, np.float32)))
     return mu, mu
 
 
-@pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("implementation", ["auto", "pallas"])
-def test_a_rule_that_no_kernel_can_run_names_the_leaf_and_the_way_out(implementation):
+def test_a_rule_that_no_kernel_supports_is_an_error_with_the_fix(implementation):
     params = {"int8": [jnp.ones((5, 300)), jnp.ones((7, 300))]}
     tx = adam_jax.scale_by_rule(weighted, storage=by_path, implementation=implementation)
-    with pytest.raises(NotImplementedError, match=r"\(5, 300\).*implementation='stream'"):
+    with (
+        there("cuda"),
+        pytest.raises(NotImplementedError, match=r"\(5, 300\).*implementation='stream'"),
+    ):
         kernels(tx, params)
 
 
-def test_auto_on_a_platform_without_kernels():
-    choice._warn_once.cache_clear()
+def test_a_platform_without_kernels_warns_or_is_an_error():
     device = jax.sharding.AbstractDevice("any", num_cores=1, platform="METAL")
     params = {"int8": leaves()["int8"]}
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
@@ -389,16 +406,3 @@ def test_auto_on_a_platform_without_kernels():
             assert kernels(adam_jax.adamw(1e-3, storage=by_path), params) == 0
         with pytest.raises(NotImplementedError, match="implementation='stream'"):
             kernels(adam_jax.adamw(1e-3, storage=by_path, implementation="pallas"), params)
-
-
-def test_what_depends_on_scalars_is_computed_in_front():
-    def f(s, x):
-        return (x + jnp.broadcast_to(jnp.expm1(s[0]), x.shape)) * jnp.sum(jnp.sin(s * 2))
-
-    s, x = jnp.array([0.5, 1.0]), jnp.arange(6.0).reshape(2, 3)
-    front, rest = hoist(jax.make_jaxpr(f)(s, x), 1, ())
-    handed = front(s)
-    assert [h.shape for h in handed] == [(), ()]
-    np.testing.assert_allclose(rest(*handed, x)[0], f(s, x), rtol=1e-6)
-    names = {eqn.primitive.name for eqn in jax.make_jaxpr(rest)(*handed, x).eqns}
-    assert names <= {"add", "mul", "broadcast_in_dim"}

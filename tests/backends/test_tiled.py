@@ -1,4 +1,4 @@
-"""The streamed step: in place, the same bits as the step at once, and on each device's shard."""
+"""The streamed step works in place, gives the bits of a step in one piece, and runs per shard."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import adam_jax
-from helpers import MB, largest_sent, optimizer, typical_rules
+from helpers import MB, largest_sent, optimizer
 
-# whole tiles; some rows left over; rows that blocks do not fit; one axis; three
+# whole tiles; some rows left over; rows that cut blocks; one axis; three axes
 SHAPES = [(320, 1024), (301, 1024), (500, 700), (2**18 + 256,), (6, 60, 1024)]
 
 
@@ -28,26 +28,31 @@ def temporaries(tx, shape, donate=(0, 1)):
     return compiled(tx, shape, donate).memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("shape", [(65536, 1024), (2**26,), (2**26 + 3,), (1335, 50257)])
-@pytest.mark.parametrize("donate", [(), (0, 1)])
+@pytest.mark.parametrize(
+    "shape, donate",
+    [
+        ((65536, 1024), ()),
+        *((shape, (0, 1)) for shape in ((65536, 1024), (2**26,), (2**26 + 3,), (1335, 50257))),
+    ],
+)
 def test_temporaries_do_not_grow_with_the_leaf(shape, donate):
     assert temporaries(adam_jax.adamw(1e-3, storage="int8"), shape, donate) <= 8 * MB
 
 
-@typical_rules
-def test_coded_state_is_streamed_in_place(name):
+@pytest.mark.parametrize("name", ["amsgrad", "stable_adamw", "trace"])
+def test_int8_state_is_streamed_in_place(name):
     assert temporaries(optimizer(name, storage="int8"), (16384, 1024)) <= 8 * MB
 
 
-@pytest.mark.parametrize("moment", ["m", "v", "n", "g"])
-def test_coded_and_uncoded_moments_side_by_side(moment):
+@pytest.mark.parametrize("moment", ["m", "n"])
+def test_int8_and_float32_moments_are_streamed_side_by_side(moment):
     tx = adam_jax.adan(1e-3, storage={moment: "int8"})
     assert temporaries(tx, (16384, 1024)) <= 8 * MB
 
 
 @pytest.mark.standard_promotion
-def test_a_training_step_needs_what_sgd_needs_and_the_state():
-    """The direction is written over the gradient, which is a temporary of the same program."""
+def test_a_training_step_needs_the_memory_of_sgd_and_the_state():
+    """The direction is written over the gradient, a temporary buffer of the same program."""
     shape = (65536, 1024)
     p, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (8, shape[0])))
 
@@ -64,11 +69,8 @@ def test_a_training_step_needs_what_sgd_needs_and_the_state():
 
     adamw, clip = adam_jax.adamw(1e-3, storage="int8"), adam_jax.clip_by_global_norm(1.0)
     state = adam_jax.memory_report(adamw, p).state_bytes
-    for ours, sgd in (
-        (adamw, optax.sgd(1e-3)),
-        (adam_jax.chain(clip, adamw), optax.chain(clip, optax.sgd(1e-3))),
-    ):
-        assert needs(ours) <= 1.01 * (needs(sgd) + state)
+    sgd = optax.chain(clip, optax.sgd(1e-3))
+    assert needs(adam_jax.chain(clip, adamw)) <= 1.01 * (needs(sgd) + state)
 
 
 def trajectory(tx, params, transform=jax.jit, steps=3):
@@ -88,7 +90,7 @@ def trajectory(tx, params, transform=jax.jit, steps=3):
         *((n, SHAPES[1]) for n in ("amsgrad", "stable_adamw", "lion")),
     ],
 )
-def test_the_bits_are_those_of_the_step_at_once(name, shape):
+def test_a_streamed_step_equals_a_step_in_one_piece_bit_for_bit(name, shape):
     params = jax.random.normal(jax.random.key(0), shape)
     make = getattr(adam_jax, name)
     stream, xla, again = (
@@ -103,7 +105,7 @@ def test_the_bits_are_those_of_the_step_at_once(name, shape):
         chex.assert_trees_all_equal(stream[0], xla[0])
 
 
-def test_streaming_uncoded_state():
+def test_float32_state_can_be_streamed():
     params = jax.random.normal(jax.random.key(0), (301, 1024))
     stream, xla = (
         trajectory(adam_jax.adamw(1e-3, implementation=i), params) for i in ("stream", "xla")
@@ -111,8 +113,8 @@ def test_streaming_uncoded_state():
     chex.assert_trees_all_close(stream, xla, rtol=1e-5, atol=1e-7)
 
 
-def test_mars_is_clipped_by_the_norm_of_the_leaf():
-    """Not of a tile: what a rule is given may be a part of the leaf."""
+def test_streamed_mars_clips_by_the_norm_of_the_whole_leaf():
+    """A rule may get only a tile of the leaf, whose norm is smaller."""
     params = jax.random.normal(jax.random.key(0), (301, 1024))
     stream, xla = (
         trajectory(adam_jax.mars(adam_jax.scale_by_adam(), implementation=i), params)[1]
@@ -121,21 +123,28 @@ def test_mars_is_clipped_by_the_norm_of_the_leaf():
     chex.assert_trees_all_close(stream[1].mu, xla[1].mu, rtol=1e-4, atol=1e-8)
 
 
-def test_a_population_is_its_members():
+def test_streaming_under_vmap_equals_single_runs():
     members = jax.random.normal(jax.random.key(0), (2, 301, 1024))
     rates = jnp.array([1e-3, 2e-3])
 
-    def step(rate, p):
-        return trajectory(adam_jax.adamw(rate, storage="int8"), p, lambda f: f, steps=2)
+    def update(rate, g, state, p):
+        return adam_jax.adamw(rate, storage="int8").update(g, state, p)
 
-    together = jax.jit(jax.vmap(step))(rates, members)
+    def run(transform, rates, p):
+        step = jax.jit(transform(update))
+        state = transform(adam_jax.adamw(1e-3, storage="int8").init)(p)
+        for t in (3.0, 4.0):
+            updates, state = step(rates, jnp.sin(p * t), state, p)
+        return updates, state
+
+    together = run(jax.vmap, rates, members)
     for i in range(2):
-        alone = jax.jit(step)(rates[i], members[i])
+        alone = run(lambda f: f, rates[i], members[i])
         chex.assert_trees_all_equal(jax.tree.map(lambda x, i=i: x[i], together[1]), alone[1])
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together[0]), alone[0])
 
 
-def test_layers_stacked_under_scan_and_vmap():
+def test_streaming_under_scan_equals_vmap():
     layers = jax.random.normal(jax.random.key(0), (3, 160, 1024))
     tx = adam_jax.adamw(1e-3, storage="int8")
     state = jax.vmap(tx.init)(layers)
@@ -146,7 +155,7 @@ def test_layers_stacked_under_scan_and_vmap():
     chex.assert_trees_all_equal(scanned, mapped)
 
 
-# Sharded: nothing of a leaf's size is sent, and the bits are those of one device
+# Sharded leaves: nothing as large as the leaf is sent, and the bits equal one device's
 
 
 @pytest.mark.eight_devices
@@ -161,7 +170,7 @@ def test_layers_stacked_under_scan_and_vmap():
         ((4100, 96), P(None, "data")),
     ],
 )
-def test_a_sharded_leaf_is_stepped_shard_by_shard(shape, spec, kind):
+def test_a_sharded_leaf_is_streamed_shard_by_shard(shape, spec, kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     whole = jax.random.normal(jax.random.key(0), shape)
     tx = adam_jax.adamw(1e-3, storage="int8")
@@ -178,7 +187,7 @@ def test_a_sharded_leaf_is_stepped_shard_by_shard(shape, spec, kind):
 
 
 @pytest.mark.eight_devices
-def test_means_over_a_sharded_leaf_are_of_the_whole_leaf():
+def test_the_mean_of_a_sharded_leaf_is_over_the_whole_leaf():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     whole = jax.random.normal(jax.random.key(0), (256, 1024))
     tx = adam_jax.stable_adamw(1e-3, storage="int8")
@@ -191,7 +200,7 @@ def test_means_over_a_sharded_leaf_are_of_the_whole_leaf():
 @pytest.mark.eight_devices
 @pytest.mark.slow
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-def test_nnx_with_scales_that_do_not_divide(jitted):
+def test_nnx_trains_if_the_devices_do_not_divide_the_scales(jitted):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     tx = adam_jax.adamw(1e-2, storage="int8")
     by_columns = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))

@@ -1,8 +1,7 @@
-"""Plain XLA on one CPU: what is stored waits for the parameter, so that XLA writes it in place."""
+"""On one CPU, XLA writes bfloat16 state in place, because its writes come last."""
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ import adam_jax
 from helpers import optimizer, step_of
 
 SHAPE = (509, 1031)
-LIKE_ADAM = ["adam", "nadam", "radam", "ademamix", "yogi", "lion", "adam_atan2"]
+LIKE_ADAM = ["adam", "ademamix", "lion"]
 
 
 def applied(tx):
@@ -35,21 +34,21 @@ def test_bfloat16_state_is_written_in_place(name, dtypes, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_order_changes_nothing(way, monkeypatch):
-    """Also where the element that is waited for is NaN or Inf."""
+def test_a_nan_or_inf_stays_in_its_element(way):
+    """Writes of the state depend on the parameter's first element, to order them."""
     shape = (33, 130)
-    tx = adam_jax.adamw(1e-3, storage="bfloat16")
     grads = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
     grads[1, 0, 0], grads[2, 0, 0] = np.inf, np.nan
 
-    def run():
-        jax.clear_caches()
-        params = jnp.ones(shape)
+    def run(storage):
+        tx = adam_jax.adamw(1e-3, storage=storage)
+        step, params = jax.jit(way(tx)), jnp.ones(shape)
         state = tx.init(params)
         for g in grads:
-            params, state = jax.jit(way(tx))(params, state, g)
-        return params, state
+            params, state = step(params, state, g)
+        return params, adam_jax.moments(state)
 
-    ordered = run()
-    monkeypatch.setattr(jax, "device_count", lambda: 8)  # where XLA chooses the order
-    chex.assert_trees_all_close(ordered, run(), rtol=1e-6)
+    (params, moments), (exact_params, exact) = run("bfloat16"), run("float32")
+    np.testing.assert_allclose(params, exact_params, rtol=1e-4)
+    for name, moment in moments.items():
+        np.testing.assert_allclose(moment, exact[name], rtol=2e-2, atol=5e-3)

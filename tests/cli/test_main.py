@@ -1,4 +1,4 @@
-"""The command line: `python -m adam_jax train`, what it writes and what it says."""
+"""The command line: the output and the errors of `python -m adam_jax`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from helpers import Without, says
 
 
 def train(*options: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command as a user does, in a process of its own with warnings as errors."""
+    """Run the command in a process of its own, with warnings as errors."""
     command = [sys.executable, "-W", "error", "-m", "adam_jax", "train", *options]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a bad command line is answered: one line on stderr, exit code 2."""
+    """Return the one line on stderr for a bad command line, which has exit code 2."""
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     out, err = capsys.readouterr()
@@ -43,7 +43,7 @@ def size_of_png(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_the_default_run(tmp_path):
+def test_train_compares_our_adamw_with_optaxs(tmp_path):
     done = train("--plot", str(tmp_path / "p.png"))
     assert done.returncode == 0, done.stderr
     rows = re.findall(
@@ -60,7 +60,7 @@ def test_the_default_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_options(tmp_path):
+def test_train_takes_options(tmp_path):
     path = tmp_path / "p.png"
     options = "--optimizer nadam --storage bfloat16 --steps 7 --learning-rate 0.01 --seed 3"
     done = train(*options.split(), "--weight-decay", "0", "--plot", str(path))
@@ -70,7 +70,7 @@ def test_options(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_losses_overlap():
+def test_losses_of_the_demo_equal_optaxs():
     code = """if True:
         import numpy as np
         from adam_jax.cli import demo
@@ -84,8 +84,8 @@ def test_the_losses_overlap():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-def test_memory(capsys):
-    """7 billion parameters: 16 bytes each in float32; with 8 devices, an eighth of the state."""
+def test_memory_prints_bytes_per_parameter_and_per_device(capsys):
+    """Print the memory of 7 billion parameters, 16 bytes each in float32, and of 8 devices."""
     main(["memory", "--params", "7e9", "--devices", "8"])
     title, _, heading, *rows = capsys.readouterr().out.splitlines()
     assert title == "7,000,000,000 parameters, their gradients and AdamW, state spread over " + (
@@ -107,7 +107,7 @@ def test_memory(capsys):
 
 
 @pytest.mark.parametrize("params", ["1", "7e9", "1e15", "1e30", "1e300"])
-def test_the_columns_of_memory_stay_apart(capsys, params):
+def test_the_columns_of_memory_are_aligned(capsys, params):
     main(["memory", "--params", params, "--devices", "8"])
     heading, *rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == 5
@@ -116,7 +116,7 @@ def test_the_columns_of_memory_stay_apart(capsys, params):
         assert len(row) == len(heading)
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--version"])
     assert not exit.value.code
@@ -128,13 +128,13 @@ def test_the_package_is_marked_as_typed():
     assert (importlib.resources.files("adam_jax") / "py.typed").is_file()
 
 
-def test_unknown_optimizer(capsys):
+def test_an_unknown_optimizer_is_an_error_that_lists_the_names(capsys):
     err = complaint(capsys, "train", "--optimizer", "foo")
     assert "foo" in err
     assert all(name in err for name in ("adam,", "adamw,", "nadam,", "amsgrad,", "sgd,"))
 
 
-def test_unknown_storage(capsys):
+def test_an_unknown_storage_is_an_error_that_lists_the_names(capsys):
     err = complaint(capsys, "train", "--storage", "foo")
     assert "storage" in err and "'bfloat16'" in err and "'foo'" in err
 
@@ -154,20 +154,20 @@ def test_unknown_storage(capsys):
         ("--plot", "nowhere/p.png", ("directory", "nowhere")),
     ],
 )
-def test_bad_values(capsys, option, value, parts):
+def test_a_bad_value_is_an_error_that_says_what_is_allowed(capsys, option, value, parts):
     assert re.search(
         says("python -m adam_jax train", option, *parts), complaint(capsys, "train", option, value)
     )
 
 
-def test_unknown_command_and_option(capsys):
+def test_an_unknown_command_or_option_is_an_error(capsys):
     assert "train" in complaint(capsys, "foo")
     assert "COMMAND" in complaint(capsys)
     assert "--bogus" in complaint(capsys, "train", "--bogus")
 
 
 @pytest.mark.parametrize("package", ["flax", "sklearn", "matplotlib", "tqdm"])
-def test_a_demo_dependency_is_missing(capsys, monkeypatch, package):
+def test_a_missing_package_is_named_with_its_install_command(capsys, monkeypatch, package):
     for module in [m for m in sys.modules if m.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.delitem(sys.modules, "adam_jax.cli.demo", raising=False)

@@ -1,4 +1,4 @@
-"""A state is what Optax would have made, and survives Orbax, pickle and a resumed run unchanged."""
+"""States equal Optax's, and survive Orbax and pickle unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def matrices(tree):
 
 
 def stepper(tx):
-    """One compiled step."""
+    """Return a compiled step."""
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def step(params, state, grads):
@@ -41,7 +41,7 @@ def stepper(tx):
 
 
 def run(step, params, state, seeds):
-    """The parameters and the state after a step for each seed."""
+    """Return the parameters and the state after a step for each seed."""
     for seed in seeds:
         rng = np.random.default_rng(seed)
         grads = jax.tree.map(
@@ -52,7 +52,7 @@ def run(step, params, state, seeds):
 
 
 def through_orbax(directory, written, like):
-    """What Orbax reads back, into the structure of `like`."""
+    """Save with Orbax, and restore into the structure of `like`."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / "checkpoint", written)
         checkpointer.wait_until_finished()
@@ -60,7 +60,7 @@ def through_orbax(directory, written, like):
 
 
 def assert_same(a, b):
-    """The same structure, classes, dtypes and bits."""
+    """Check for equal structures, classes, dtypes, and bits."""
     chex.assert_trees_all_equal_structs(a, b)
     chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
     chex.assert_trees_all_equal(a, b)
@@ -100,7 +100,7 @@ def spelled(call):
 
 @pytest.mark.parametrize("call", CALLS, ids=spelled)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_init_is_optaxs(call, dtype):
+def test_init_makes_the_state_of_optax(call, dtype):
     name, args, kwargs = call
     params = tree(0, dtype)
     ours, theirs = (getattr(m, name)(*args, **kwargs).init(params) for m in (adam_jax, optax))
@@ -112,8 +112,8 @@ def test_init_is_optaxs(call, dtype):
 @pytest.mark.standard_promotion  # Optax needs it
 @pytest.mark.parametrize("direction", ["from Optax", "to Optax"])
 @pytest.mark.parametrize("call", [CALLS[2], CALLS[4]], ids=spelled)
-def test_a_checkpoint_continues_in_the_other(tmp_path, call, direction):
-    """Drop-in, at any step: the run that changes sides is the run that does not."""
+def test_a_checkpoint_moves_between_optax_and_adam_jax(tmp_path, call, direction):
+    """A run that changes libraries halfway equals the run that doesn't."""
     name, args, kwargs = call
     ours, theirs = (getattr(m, name)(*args, **kwargs) for m in (adam_jax, optax))
     first, second = (theirs, ours) if direction == "from Optax" else (ours, theirs)
@@ -132,14 +132,14 @@ def test_a_checkpoint_continues_in_the_other(tmp_path, call, direction):
 
 @rule(first=signed, energy=positive.starting_at(0.5), last=signed)
 def unusual(g, first, energy, last, *, t, b1=0.9, b2=0.99):
-    """A rule whose moments no state of Optax has."""
+    """Return a direction from moments that no state of Optax has."""
     first = adam_jax.ema(b1, first, g - last)
     energy = adam_jax.ema(b2, energy, g * g)
     return (g + first) / adam_jax.sqrt(energy), first, energy, g
 
 
 def every_kind(name):
-    """An optimizer with schedules and a mask, and parameters of two dtypes."""
+    """Return an optimizer with schedules and a mask, and parameters of two dtypes."""
     keywords = {"weight_decay": warmup, "weight_decay_mask": adam_jax.not_matching("bias")}
     if name == "unusual":
         tx = adam_jax.from_rule(unusual, warmup, **keywords)
@@ -153,8 +153,8 @@ typical_rules = pytest.mark.parametrize("name", ["unusual", *TYPICAL])
 
 
 @typical_rules
-def test_a_run_resumes_from_orbax_to_the_bit(tmp_path, name):
-    """Also with bfloat16 parameters, whose moments are rounded by chance."""
+def test_a_run_resumes_from_orbax_bit_for_bit(tmp_path, name):
+    """Include bfloat16 parameters, for which moments are rounded stochastically."""
     tx, params = every_kind(name)
     step = stepper(tx)
     half = run(step, params, tx.init(params), range(STEPS))
@@ -166,8 +166,8 @@ def test_a_run_resumes_from_orbax_to_the_bit(tmp_path, name):
 
 
 @typical_rules
-def test_a_state_is_ordinary_data(name):
-    """It survives pickle, deepcopy and copy, whatever its class."""
+def test_a_state_survives_pickle_and_copy(name):
+    """Copy it with pickle, deepcopy, and copy, whatever its class."""
     tx, params = every_kind(name)
     rng = np.random.default_rng(0)
     state = jax.tree.map(

@@ -1,4 +1,4 @@
-"""In Flax: NNX, with its paths and sharded parameters; Linen's TrainState and boxes; msgpack."""
+"""Flax: NNX with its paths and sharded parameters, Linen's TrainState and boxes, and msgpack."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KERNELS, BIASES = ({f"layers/{i}/{name}" for i in range(2)} for name in ("kernel
 
 
 class Model(nnx.Module):
-    """Layers in a list, biases that are not zero."""
+    """A model with layers in a list and biases that are not zero."""
 
     def __init__(self, rngs, axes=None, dtype=jnp.float32):
         linear = functools.partial(
@@ -71,7 +71,7 @@ def arrays(tree):
 
 
 def paths(tree):
-    """Where the leaves with a true flag are, without NNX's ending."""
+    """Return the paths of leaves with a true flag, without NNX's ending."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         for path, flag in jax.tree_util.tree_leaves_with_path(tree)
@@ -139,7 +139,7 @@ def test_a_path_is_the_same_string_at_init_and_at_update():
         (None, KERNELS | BIASES),
     ],
 )
-def test_nnx_weight_decay_mask(mask, decayed):
+def test_a_mask_keeps_weight_decay_off_nnx_leaves(mask, decayed):
     """Without gradients, only what the mask lets through shrinks."""
     model, opt = create(adam_jax.adamw(0.1, weight_decay=0.5, weight_decay_mask=mask))
     before = jax.tree.map(jnp.copy, parameters(model))
@@ -151,7 +151,7 @@ def test_nnx_weight_decay_mask(mask, decayed):
 
 
 def test_nnx_rounds_bfloat16_as_a_plain_dict_does():
-    """A leaf's random draws depend on its path: here and there it is the same."""
+    """Random bits depend on a leaf's path, which is the same in NNX and in a dict."""
     tx = adam_jax.adamw(0.1, weight_decay=0.1)
     model, opt = create(tx, dtype=jnp.bfloat16)
     params = jax.tree.map(jnp.copy, parameters(model))
@@ -167,7 +167,7 @@ def test_nnx_rounds_bfloat16_as_a_plain_dict_does():
 
 
 def wrapped(model, grads):
-    """Gradients as nnx.grad returns them."""
+    """Return gradients in the form that nnx.grad returns."""
     state = nnx.state(model, nnx.Param)
     nnx.replace_by_pure_dict(state, grads)
     return state
@@ -175,7 +175,7 @@ def wrapped(model, grads):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_nnx_with_sharded_parameters(axis_type):
+def test_nnx_trains_with_sharded_parameters(axis_type):
     tx = adam_jax.adamw(0.1, weight_decay=0.1)
     alone, opt = create(tx)
     expected = train(alone, opt)
@@ -222,7 +222,7 @@ def linen_run(module, tx):
 
 @pytest.mark.standard_promotion  # Optax needs it
 @pytest.mark.parametrize("boxed", [False, True], ids=["plain", "Partitioned"])
-def test_linen_train_state(boxed):
+def test_linen_train_state_trains_as_with_optax(boxed):
     mask = adam_jax.not_matching("^Dense_[01]/bias$")
     mine = linen_run(Linen(boxed), adam_jax.adamw(0.1, weight_decay=0.5, weight_decay_mask=mask))
     theirs = linen_run(Linen(boxed), optax.adamw(0.1, weight_decay=0.5, mask=mask))
@@ -246,8 +246,8 @@ def test_linen_partitioned_boxes_stay_around_the_moments():
 
 
 @typical_rules
-def test_msgpack_round_trip(name):
-    """Of a state with everything: coded by dtype, with schedules and a mask."""
+def test_a_state_survives_msgpack(name):
+    """Serialize a state of two dtypes, with schedules and a mask."""
     params = {"a": tree(0), "b": tree(1, jnp.bfloat16)}
     mask = adam_jax.not_matching("bias")
     tx = optimizer(name, lambda t: 0.1, weight_decay=lambda t: 0.1, weight_decay_mask=mask)
@@ -275,14 +275,24 @@ PARTITIONED = {
         adam_jax.adamw, {"bias": dict(weight_decay=0.0)}, learning_rate=1e-2, storage="int8"
     ),
 }
+SIMPLER = [(name, False) for name in ("int8", "master_weights", "optax in master_weights")]
+SIMPLER += [("optax", True)]
 
 
 @pytest.mark.eight_devices
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("unboxed", [False, True], ids=["boxed", "unboxed"])
-@pytest.mark.parametrize("name", PARTITIONED)
+@pytest.mark.parametrize(
+    "name, unboxed",
+    [
+        ("optax", False),
+        ("groups", False),
+        ("both", False),
+        ("both", True),
+        *(pytest.param(name, unboxed, marks=pytest.mark.slow) for name, unboxed in SIMPLER),
+    ],
+)
 def test_partition_metadata_shards_parameters_and_state(name, unboxed):
-    """Initialized sharded over 8 devices and trained, with boxes (nanodo) or without (lm1b)."""
+    """Initialize sharded over 8 devices and train, with boxes (nanodo) or without (lm1b)."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     dtype = jnp.bfloat16 if "master" in name or name == "both" else jnp.float32
     kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "data"))

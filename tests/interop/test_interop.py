@@ -1,4 +1,4 @@
-"""A run that begins in PyTorch goes on here."""
+"""A run that starts in PyTorch continues in adam_jax."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START = {name: value.astype(np.float32) for name, value in START.items()}
 
 
 def gradient(name, p, t):
-    """The same function for NumPy, PyTorch's arrays and JAX's."""
+    """Return a gradient; the same function serves arrays of NumPy, PyTorch, and JAX."""
     return (0.5 + (name == "b")) * p + np.float32(0.3 * np.cos(t))
 
 
@@ -45,7 +45,7 @@ VARIANTS = {
         *((n, "int8") for n in ("AdamW", "SGD", "RMSprop")),
     ],
 )
-def test_a_torch_run_continues(name, storage):
+def test_a_pytorch_run_continues_here(name, storage):
     torch = pytest.importorskip("torch")
     given, make = VARIANTS[name]
     tensors = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in START.items()}
@@ -72,7 +72,7 @@ def test_a_torch_run_continues(name, storage):
         stayed = p.detach().numpy()
         if storage == "float32":
             np.testing.assert_allclose(params[k], stayed, rtol=1e-6, atol=1e-6)
-        else:  # each moment is off by up to a step of the code, unbiased
+        else:  # each moment is off by up to a step of the code, without bias
             moved = np.linalg.norm(stayed - half[k])
             assert np.linalg.norm(params[k] - stayed) <= 0.03 * moved
 
@@ -108,7 +108,7 @@ TORCH = {
 }
 
 
-def test_names_and_layouts_of_flax():
+def test_flax_names_match_names_and_axes_of_pytorch():
     params = Net().init(jax.random.key(0), jnp.zeros(12, jnp.int32))["params"]
     state_dict = dict_of(list(TORCH.values()), list(TORCH))
     state = from_torch(state_dict, adam_jax.adamw(1e-3), params, flax_names(params))
@@ -122,7 +122,7 @@ def test_names_and_layouts_of_flax():
     assert adam_jax.step_count(state) == 3
 
 
-def test_nnx_and_names_in_the_dict():
+def test_from_torch_takes_nnx_and_the_names_in_a_state_dict():
     model = nnx.Linear(4, 5, rngs=nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
     state_dict = dict_of([(5, 4), (5,)], ["weight", "bias"])
@@ -155,6 +155,6 @@ def test_nnx_and_names_in_the_dict():
         ),
     ],
 )
-def test_what_does_not_fit(state_dict, mapping, parts):
+def test_from_torch_names_what_does_not_fit(state_dict, mapping, parts):
     with pytest.raises(ValueError, match=says("from_torch", *parts)):
         from_torch(state_dict, adam_jax.adamw(1e-3), {"w": jnp.ones((2, 3))}, mapping)

@@ -1,4 +1,4 @@
-"""The catalogue holds the whole family, says what is true of it, and is what the README shows."""
+"""The catalogue holds the whole family, is correct, and equals the table in the docs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import adam_jax
 from adam_jax.analysis.catalogue import constructors, markdown, table
 from adam_jax.cli.main import main
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
 ENTRIES = {entry.name: entry for entry in adam_jax.catalogue()}
 
 
-def test_holds_every_public_constructor_and_nothing_else():
+def test_the_catalogue_holds_every_public_constructor_and_nothing_else():
     public = {name for name in adam_jax.__all__ if first_argument(name) == "learning_rate"}
     assert set(ENTRIES) == public
 
 
 def first_argument(name):
-    """Of a public name, where it is a function."""
+    """Return the name of a public function's first argument."""
     value = getattr(adam_jax, name)
     return next(iter(inspect.signature(value).parameters), None) if callable(value) else None
 
@@ -42,7 +42,7 @@ def test_an_entry_is_complete_and_short(name):
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_the_state_is_what_init_allocates(name):
+def test_an_entry_lists_the_moments_that_init_allocates(name):
     size = 1000
     state = constructors()[name](1e-3).init({"w": jnp.ones(size)})
     floats = sum(x.size for x in jax.tree.leaves(state) if x.size == size)
@@ -52,12 +52,12 @@ def test_the_state_is_what_init_allocates(name):
         assert ENTRIES[name].state == tuple(adam_jax.moments(moments().init(jnp.ones(3))))
 
 
-def test_lines_fit_a_wide_terminal():
+def test_lines_of_the_table_fit_a_wide_terminal():
     widths = [sum(not unicodedata.combining(c) for c in line) for line in table().splitlines()]
     assert max(widths) <= 120
 
 
-def test_list_prints_it(capsys):
+def test_list_prints_the_table(capsys):
     main(["list"])
     printed = capsys.readouterr().out
     assert printed == table() + "\n"
@@ -72,11 +72,9 @@ def test_markdown_has_as_many_cells_in_every_row(capsys):
     assert "\n".join(rows) == markdown()
 
 
-def test_the_readme_shows_it():
+def test_the_page_of_optimizers_shows_the_table():
     between = re.search(
-        r"<!-- catalogue -->\n(.*?)<!-- /catalogue -->", README.read_text("utf-8"), re.DOTALL
+        r"<!-- catalogue -->\n(.*?)<!-- /catalogue -->", PAGE.read_text("utf-8"), re.DOTALL
     )
-    assert between, "README.md has no <!-- catalogue --> … <!-- /catalogue -->"
-    assert between[1].strip() == markdown(), (
-        "write it anew: python -m adam_jax list --markdown, between the markers in README.md"
-    )
+    assert between, f"{PAGE} has no <!-- catalogue --> … <!-- /catalogue -->"
+    assert between[1].strip() == markdown(), "run python tools/exports.py"

@@ -1,4 +1,4 @@
-"""What the papers say about these methods, as facts that can be run."""
+"""Claims of papers about these methods, as programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import adam_jax
 
 
 def trajectory(tx, gradients):
-    """The updates of a transformation over given gradients."""
+    """Return the updates of a transformation for given gradients."""
     gradients = jnp.asarray(gradients, jnp.float32)
     return np.asarray(
         jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(gradients[0]), gradients)[1]
@@ -74,8 +74,8 @@ def test_how_long_steps_without_bias_correction_are_too_large():
             assert int(jnp.sum(u >= 1.1)) == steps
 
 
-def test_the_rectification_of_radam():
-    """r at t = 6, 10, 100, 1000; a linear warmup over 2/(1 - b2) steps is of its order."""
+def test_radam_rectifies_as_its_paper_says():
+    """Check r at t = 6, 10, 100, and 1000."""
     g = np.ones((1000, 1), np.float32)
     adam, radam = adam_jax.scale_by_adam(eps=0.0), adam_jax.scale_by_radam(eps=0.0)
     t = np.array([6, 10, 100, 1000])
@@ -83,7 +83,7 @@ def test_the_rectification_of_radam():
     np.testing.assert_allclose(r, [0.0258, 0.0490, 0.2153, 0.6453], atol=6e-5)
 
 
-def test_the_largest_possible_step():
+def test_the_largest_step_of_adam_is_seven_learning_rates():
     """|u| ≤ (1-b1)/√((1-b2)(1-b1²/b2)) = 7.27, reached by g_t = (b2/b1)^t; 1 when b1 = b2."""
     b1, b2 = 0.9, 0.999
     bound = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
@@ -98,7 +98,7 @@ def test_the_largest_possible_step():
 
 
 def final_point(tx, gradient, steps):
-    """Projected descent on [-1, 1] from 1 (Reddi et al., 2018)."""
+    """Return the end of projected descent on [-1, 1] (Reddi et al., 2018)."""
 
     def step(carry, t):
         x, state = carry
@@ -110,7 +110,7 @@ def final_point(tx, gradient, steps):
 
 
 @pytest.mark.parametrize("c", [3.0, 4.0, 10.0])
-def test_reddi_theorem_1(c):
+def test_adam_diverges_and_amsgrad_converges_on_reddis_periodic_problem(c):
     """Adam walks to the worst point of a convex problem, AMSGrad to the best."""
 
     def gradient(t):
@@ -128,7 +128,8 @@ def test_reddi_theorem_1(c):
     assert final_point(adam_jax.amsgrad(rate, **given, **raw), gradient, 30000) < -0.9
 
 
-def test_reddi_online():
+@pytest.mark.slow
+def test_adam_diverges_and_amsgrad_converges_on_reddis_online_problem():
     """Every 101st push is large and to the left, the others small and to the right."""
     steps = 2_000_000
 
@@ -158,8 +159,9 @@ def test_reddi_online():
     assert end(adam_jax.amsgrad(rate, 0.9, 0.99, max_of="raw"))[0] < -0.996
 
 
-def test_wilson():
-    """All fit; unseen samples, which have the first three features alone, tell them apart."""
+@pytest.mark.slow
+def test_adaptive_methods_generalize_worse_on_wilsons_problem():
+    """All methods fit; they differ on unseen samples, which have only the first three features."""
     n, positive = 200, 0.7
     y = np.where(np.random.default_rng(0).random(n) < positive, 1.0, -1.0)
     x = np.zeros((n, 3 + 5 * n))
@@ -189,8 +191,9 @@ def test_wilson():
         assert scores(tx) == (1, 0.687)
 
 
-def test_rare_classes():
-    """64 classes of frequency ∝ 1/k, inputs without signal, the rarer half after 300 steps."""
+@pytest.mark.slow
+def test_adam_learns_rare_classes_faster_than_sgd():
+    """Check the rarer half of 64 classes with frequencies ∝ 1/k, after 300 steps."""
     frequency = 1 / np.arange(1, 65)
     counts = np.maximum(1, np.round(3000 * frequency / frequency.sum())).astype(int)
     labels = np.repeat(np.arange(64), counts)
@@ -215,7 +218,7 @@ def test_rare_classes():
     assert rare(adam_jax.adam(0.25)) == pytest.approx(0.105, abs=0.01)
 
 
-def test_weight_decay_forms():
+def test_weight_decay_forms_differ_as_documented():
     """L2 enters the moments; decoupled is scaled by η; independent not; cautious only shrinks."""
     p, g = jnp.array([2.0, -2.0]), jnp.array([0.5, 0.5])
 
@@ -230,7 +233,7 @@ def test_weight_decay_forms():
         np.testing.assert_allclose(step("l2", rate), -rate * jnp.sign(g + 0.1 * p), rtol=1e-5)
 
 
-def test_the_constraint_of_adamw():
+def test_adamw_ends_inside_its_box():
     """Xie & Li (2024): AdamW ends inside ‖x‖∞ ≤ 1/λ; Adam with L2 ends between x* and 0."""
     target = jnp.array([5.0, 1.0, -3.0])
     steps = 20_000

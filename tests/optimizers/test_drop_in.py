@@ -1,4 +1,4 @@
-"""Against Optax: its calls mean the same here, its states are ours, and float32 errs less."""
+"""Optax's calls give the same updates and states here, with no larger errors in float32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def both(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_signature_continues_optax(name):
+def test_a_signature_begins_with_optaxs(name):
     ours, theirs = (list(inspect.signature(f).parameters.values()) for f in both(name))
     by_name = {p.name: p for p in ours}
     for p in theirs:
@@ -42,7 +42,7 @@ def test_signature_continues_optax(name):
 
 
 def test_adabelief_takes_the_positional_arguments_of_optax_head():
-    """After 0.2.8 Optax gives it both arguments of weight decay, in front of the keywords."""
+    """After 0.2.8 Optax's adabelief takes both arguments of weight decay by position."""
     flags = {"w": True, "b": False}
     positional = adam_jax.adabelief(1e-2, 0.8, 0.9, 1e-8, 1e-7, 0.1, flags, nesterov=True)
     named = {"b1": 0.8, "b2": 0.9, "eps": 1e-8, "eps_root": 1e-7, "weight_decay": 0.1}
@@ -56,8 +56,8 @@ def test_adabelief_takes_the_positional_arguments_of_optax_head():
     assert [p for p in ours if p in parameters] == parameters
 
 
-def test_nothing_private_is_imported():
-    """Of another package: what has no public name may move in any release."""
+def test_nothing_private_of_another_package_is_imported():
+    """A private name of another package may move in any release."""
     for path in Path(adam_jax.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -71,11 +71,12 @@ def test_nothing_private_is_imported():
 # Updates
 
 
-def trees(steps):
-    """Parameters, one of them complex, and gradients of all sizes that pause and then shrink."""
+def trees(steps, has_complex=False):
+    """Return parameters, of which one may be complex, and gradients that pause and then shrink."""
     rng = np.random.default_rng(0)
-    dense = {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3) + 1j}
-    params = jax.tree.map(jnp.asarray, {"dense": dense, "scale": rng.normal(size=())})
+    kernel, bias, scale = rng.normal(size=(3, 4, 3))
+    dense = {"kernel": kernel, "bias": bias + 1j if has_complex else bias}
+    params = jax.tree.map(jnp.asarray, {"dense": dense, "scale": scale})
 
     def gradient(p):
         g = rng.normal(size=np.shape(p)) * 10.0 ** rng.uniform(-3, 1, size=np.shape(p))
@@ -89,7 +90,7 @@ def trees(steps):
 
 
 def run(tx, params, gradients, state=None):
-    """The updates of all steps, each at the parameters that the ones before lead to; the state."""
+    """Return the updates of all steps, applied to the parameters, and the last state."""
     state, updates = tx.init(params) if state is None else state, []
     for g in gradients:
         u, state = tx.update(g, state, params)
@@ -106,8 +107,8 @@ TREE = {"dense": {"kernel": True, "bias": False}, "scale": True}
 PREFIX = {"dense": True, "scale": False}
 
 
-def matrices(tree):
-    return jax.tree.map(lambda x: x.ndim > 1, tree)
+def no_bias(tree):
+    return jax.tree_util.tree_map_with_path(lambda path, x: path[-1].key != "bias", tree)
 
 
 ADAM = {"b1": 0.8, "b2": 0.99, "eps": 1e-6, "eps_root": 1e-8}
@@ -124,8 +125,8 @@ CALLS = [
     ("adam", (1e-2,), {"b1": 0.0, "b2": 0.0}),
     ("adamw", (1e-2, 0.8, 0.99, 1e-6, 1e-8, "float32", 0.1, TREE), {}),
     ("adamw", (1e-2,), {"mask": PREFIX, "weight_decay": 0.1, "nesterov": True}),
-    ("adamw", (1e-2,), {"mask": matrices, "weight_decay": 0.1}),
-    ("adamw", (warmup,), {"weight_decay": warmup, "mask": matrices}),
+    ("adamw", (1e-2,), {"mask": no_bias, "weight_decay": 0.1}),
+    ("adamw", (warmup,), {"weight_decay": warmup, "mask": no_bias}),
     ("adamw", (1e-2,), {"weight_decay": 0.0}),
     ("nadam", (1e-2,), {**ADAM, **HALF}),
     ("nadam", (1e-2,), {"nesterov": False}),
@@ -134,7 +135,7 @@ CALLS = [
     ("amsgrad", (1e-2, 0.8, 0.99, 1e-6, 1e-8, jnp.float32, False, True), {}),
     ("amsgrad", (1e-2,), {"bias_correction_nu": False, **ADAM}),
     ("adamax", (1e-2, 0.8, 0.99, 1e-4), {}),
-    ("adamaxw", (1e-2, 0.8, 0.99, 1e-4, 0.1, matrices), {}),
+    ("adamaxw", (1e-2, 0.8, 0.99, 1e-4, 0.1, no_bias), {}),
     ("adamaxw", (1e-2,), {"weight_decay": warmup, "mask": PREFIX}),
     ("radam", (1e-2, 0.8, 0.99, 1e-6, 1e-8, 4.5), {"nesterov": True}),
     ("rmsprop", (1e-2, 0.8, 1e-4, 0.5, False, True, 0.9, True, True), {}),
@@ -173,13 +174,11 @@ def is_split(x):
 
 
 @pytest.mark.parametrize("call", CALLS, ids=spelled)
-def test_same_updates_and_state(call):
+def test_a_call_of_optax_gives_the_same_updates_and_state(call):
     name, args, kwargs = call
     narrow = any(map(is_split, (*args, kwargs.get("mu_dtype"))))
     with jax.enable_x64(True):
-        params, gradients = trees(30)
-        if narrow:  # a complex leaf would lose its imaginary part, which is an error here
-            params, gradients = jax.tree.map(jnp.real, (params, gradients))
+        params, gradients = trees(15, has_complex=not kwargs and len(args) <= 1)
         (ours, mine), (theirs, their) = (
             run(f(*args, **kwargs), params, gradients) for f in both(name)
         )
@@ -191,8 +190,8 @@ def test_same_updates_and_state(call):
         chex.assert_trees_all_close((ours, mine), (theirs, their), rtol=tolerance, atol=tolerance)
 
 
-def test_every_argument_of_optax_is_in_a_call():
-    """By position or by name, so that a new argument cannot go untested."""
+def test_every_argument_of_optax_is_tested():
+    """Pass each argument by position or by name, so that a new one can't go untested."""
     for name in NAMES:
         parameters = inspect.signature(getattr(optax, name)).parameters
         given = set()
@@ -240,7 +239,7 @@ def float32_gradients(steps):
 
 
 def directions(tx, gradients):
-    """The updates of float32 gradients at fixed parameters, in the references' sign, as float64."""
+    """Return the directions for float32 gradients at fixed parameters, as float64."""
     step = jax.jit(lambda s, g: tx.update(g, s, jnp.asarray(P))[::-1])
     _, updates = jax.lax.scan(step, tx.init(jnp.asarray(P)), jnp.asarray(gradients))
     return -np.asarray(updates, np.float64)
@@ -255,7 +254,7 @@ def exact(rule, gradients, **given):
 
 
 @pytest.mark.parametrize("case", REFERENCES)
-def test_float32_error_is_no_larger_than_optax(case):
+def test_float32_errs_no_more_than_optax(case):
     rule, given, given_reference = REFERENCES[case]
     g = float32_gradients(100)
     truth = exact(rule, g, **given_reference) + given.get("weight_decay", 0) * P.astype(np.float64)
@@ -265,9 +264,9 @@ def test_float32_error_is_no_larger_than_optax(case):
     assert ours <= 1.1 * theirs + 1e-7
 
 
-@pytest.mark.parametrize("b2", [0.999, 0.9999, 0.99999, 0.999999])
+@pytest.mark.parametrize("b2", [0.999, 0.99999])
 @pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "amsgrad"])
-def test_first_step_keeps_its_digits(name, b2):
+def test_the_first_step_keeps_its_digits(name, b2):
     g = float32_gradients(1)
     truth = exact(getattr(reference, name.rstrip("w")), g, b2=b2)
     given = {"b2": b2} | ({"weight_decay": 0.0} if name == "adamw" else {})
@@ -277,8 +276,8 @@ def test_first_step_keeps_its_digits(name, b2):
         assert theirs > 5e-4  # the defect that this is about
 
 
-@pytest.mark.parametrize("b2", [0.999, 0.9999, 0.99999, 0.999999])
-def test_radam_is_rectified_right(b2):
+@pytest.mark.parametrize("b2", [0.999, 0.99999])
+def test_radam_rectifies_accurately_at_large_b2(b2):
     g = float32_gradients(2500)
     truth = exact(reference.radam, g, b2=b2)
     ours, theirs = (
@@ -289,17 +288,17 @@ def test_radam_is_rectified_right(b2):
         assert np.max(theirs) > 1e-3
 
 
-# Known disagreements, which a "fix" of either side would remove
+# Known differences, which a "fix" of either library would remove
 
 
 @pytest.mark.parametrize(
     "name, given",
     [("amsgrad", {"max_of": "raw"}), ("nadam", {"momentum_decay": 0.004})],
 )
-def test_known_disagreement(name, given):
-    """PyTorch's and Keras's forms, at our request: Optax has them not."""
+def test_forms_of_pytorch_differ_from_optax(name, given):
+    """Forms of PyTorch and Keras that Optax doesn't have."""
     ours, theirs = both(name)
     with jax.enable_x64(True):
-        params, gradients = trees(60)
+        params, gradients = trees(30)
         a, b = (run(tx, params, gradients)[0] for tx in (ours(1.0, **given), theirs(1.0)))
     assert max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y)), a, b))) > 0.01

@@ -1,4 +1,4 @@
-"""What is particular to a variant; what all share is in test_contract.py."""
+"""Properties of single variants; test_contract.py checks the properties of all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from helpers import (
     every_optimizer,
     gradients_with_everything,
     run_reference,
+    says,
     updates_over,
 )
 
@@ -45,8 +46,8 @@ def test_trust_ratio_and_decays_equal_their_references():
         np.testing.assert_array_equal(zero, 0 * u)
 
 
-def test_proximal_decay_is_the_authors():
-    """p ← (p - η·u)/(1 + ηλ), whatever the sizes; a masked leaf is not divided either."""
+def test_proximal_decay_equals_the_authors_form():
+    """Check p ← (p - η·u)/(1 + ηλ) at any size, and p - η·u for a masked leaf."""
     p, g = (
         {"w": jnp.array([2.0, -3.0]), "b": jnp.array([1.0])},
         {
@@ -64,7 +65,7 @@ def test_proximal_decay_is_the_authors():
     np.testing.assert_allclose(step["b"], bare["b"], rtol=1e-6)
 
 
-# Where libraries disagree: kept apart, so that nobody "fixes" them
+# Differences between libraries, so that nobody "fixes" them
 
 
 def test_adan_weighs_differences_as_the_authors_or_as_optax():
@@ -80,7 +81,7 @@ def test_adan_weighs_differences_as_the_authors_or_as_optax():
 
 
 @pytest.mark.parametrize("name, theirs", [("amsgrad_raw", "amsgrad"), ("nadam_scheduled", "nadam")])
-def test_pytorch_and_optax_mean_different_things(name, theirs):
+def test_pytorch_and_optax_differ_in_amsgrad_and_nadam(name, theirs):
     g = gradients_with_everything(60)
     assert np.abs(run_reference(name, g) - run_reference(theirs, g)).max() > 0.05
 
@@ -88,11 +89,11 @@ def test_pytorch_and_optax_mean_different_things(name, theirs):
 # AdEMAMix's warmups
 
 
-def test_ademamix_warmups():
+def test_ademamix_warms_up_its_memory_and_its_weight():
     b3, alpha = adam_jax.schedules.ademamix_warmup(0.9, 0.9999, 8.0, 1000)
     np.testing.assert_allclose([alpha(0), alpha(250), alpha(5000)], [0.0, 2.0, 8.0])
     values = [b3(jnp.int32(t)) for t in (0, 500, 1000, 5000)]
-    memory = [-1 / float(b.log) for b in values]  # the length of what is remembered
+    memory = [-1 / float(b.log) for b in values]  # the averaging length
     start, end = -1 / np.log(0.9), -1 / np.log(0.9999)
     np.testing.assert_allclose(memory, [start, (start + end) / 2, end, end], rtol=1e-4)
     assert float(values[-1].complement) == pytest.approx(1e-4, rel=1e-6)
@@ -116,7 +117,7 @@ def test_ademamix_with_warmup_equals_its_reference():
 
 
 @every_optimizer
-def test_rosenbrock(name):
+def test_every_optimizer_minimizes_the_rosenbrock_function(name):
     rates = {"amsgrad": 0.5, "lion": 1e-2, "lamb": 1e-2, "radam": 2e-3, "yogi": 0.1}
     rates |= {"sgd": 1e-3, "simplified_ademamix": 5e-5, "adopt": 0.5}
     rate = optax.cosine_decay_schedule(rates.get(name, 2e-2), 10_000)
@@ -136,8 +137,9 @@ def test_rosenbrock(name):
     np.testing.assert_allclose(end, [1.0, 1.0], atol=0.05)
 
 
+@pytest.mark.slow
 @every_optimizer
-def test_a_small_network_learns(name):
+def test_every_optimizer_trains_a_small_network(name):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
     y = jnp.sin(x.sum(axis=1))
@@ -208,7 +210,7 @@ def test_schedule_free_equals_its_reference(warmup_steps):
 
 
 def test_schedule_free_keeps_the_digits_of_small_updates():
-    """Updates of 1e-3 of parameters of 1, with b1 = 0.5: off by two ulps of a parameter at most."""
+    """Updates of 1e-3 for parameters of 1 are off by at most two ulps of a parameter."""
     rng = np.random.default_rng(0)
     start, gradients = rng.normal(size=500), rng.normal(size=(60, 500))
 
@@ -226,7 +228,7 @@ def test_schedule_free_keeps_the_digits_of_small_updates():
     assert np.max(np.abs(run(jnp.float32) - run(jnp.float64))) < 1.3e-7  # Optax 2.7e-7
 
 
-def test_schedule_free_state_is_optax():
+def test_schedule_free_state_has_the_structure_of_optax():
     params = {"w": jnp.ones((3, 2))}
     ours = adam_jax.schedule_free_adamw(0.01).init(params)
     theirs = optax.contrib.schedule_free_adamw(0.01).init(params)
@@ -244,7 +246,7 @@ def test_schedule_free_keeps_dtypes_under_scan(dtype):
     assert updates["w"].dtype == dtype
 
 
-def test_moments_of_an_optimizer_with_two_rules():
+def test_moments_reads_all_rules_of_an_optimizer():
     params = jnp.ones(3)
     read = adam_jax.moments(adam_jax.rmsprop(1e-3, momentum=0.9).init(params))
     assert set(read) == {"nu", "trace"}
@@ -262,9 +264,9 @@ def test_momentum_after_the_learning_rate_does_not_amplify_the_decay():
         np.testing.assert_allclose(updates, expected, rtol=1e-5)
 
 
-def test_a_finished_schedule_free_is_refused():
+def test_cautious_and_grams_refuse_schedule_free():
     for wrapper in (adam_jax.cautious, adam_jax.grams):
-        with pytest.raises(ValueError, match="finished optimizer"):
+        with pytest.raises(ValueError, match=says(wrapper.__name__, "direction")):
             wrapper(adam_jax.schedule_free_adamw())
 
 
@@ -302,7 +304,7 @@ def test_rules_without_moments_may_count_steps():
         np.testing.assert_allclose(updates, -2 / step)
 
 
-def test_a_large_gradient_spoils_no_other_element():
+def test_a_huge_gradient_of_one_element_spoils_no_other():
     g = jnp.array([1e30, 1.0])
     tx = adam_jax.stable_adamw(0.1)
     updates, _ = tx.update(g, tx.init(g), g)

@@ -45,7 +45,7 @@ def with_optax(tx, grads, params=None):
 
 
 def with_torch(name, grads, **kw):
-    """The direction of a torch optimizer: at learning rate 1 from p = 0, again at every step."""
+    """Return the directions of a PyTorch optimizer: its steps from p = 0 at learning rate 1."""
     torch = pytest.importorskip("torch")
     p = torch.nn.Parameter(torch.zeros(grads[0].shape, dtype=torch.float64))
     opt = getattr(torch.optim, name)([p], lr=1.0, **kw)
@@ -106,7 +106,7 @@ OPTAX = [
 
 
 @pytest.mark.parametrize("rule, tx, kw", OPTAX)
-def test_optax(rule, tx, kw):
+def test_a_reference_equals_optax(rule, tx, kw):
     g = gradients()
     tol = 1e-9 if rule is ref.rms_centered else TINY  # nu - |mu|^2 cancels
     assert_close(run(rule, g, **kw), with_optax(tx(**kw), g), tol)
@@ -127,7 +127,7 @@ def test_optax(rule, tx, kw):
         (ref.lion, optax.scale_by_lion),
     ],
 )
-def test_optax_complex(rule, tx):
+def test_a_reference_equals_optax_on_complex_leaves(rule, tx):
     g = gradients(complex_=True)
     assert_close(run(rule, g), with_optax(tx(), g))
 
@@ -147,12 +147,12 @@ TORCH = [
 
 
 @pytest.mark.parametrize("rule, kw, name, torch_kw, tol", TORCH)
-def test_torch(rule, kw, name, torch_kw, tol):
+def test_a_reference_equals_pytorch(rule, kw, name, torch_kw, tol):
     g = gradients()
     assert_close(run(rule, g, **kw), with_torch(name, g, **torch_kw), tol)
 
 
-def test_decoupled_against_torch_adamw():
+def test_decoupled_decay_equals_pytorchs_adamw():
     torch = pytest.importorskip("torch")
     grads, s = gradients(), {}
     p = np.linspace(-2, 2, 48).reshape(8, 6)
@@ -238,11 +238,11 @@ def atan2_by_angle(grads, b1=0.9, b2=0.999, a=1.27, b=1.0):
         (ref.adam_atan2, atan2_by_angle),
     ],
 )
-def test_other_form(rule, other):
+def test_a_reference_equals_another_form_of_its_rule(rule, other):
     assert_close(run(rule, gradients()), other(gradients()))
 
 
-def test_adams_closed_form():
+def test_adams_equals_its_closed_form():
     t = np.arange(1, STEPS + 1)
     expected = (1 - 0.9**t) / np.sqrt(0.95 * (1 - 0.9 ** (t - 1)) ** 2 + 0.05)
     u = run(ref.adams, np.full((STEPS, 2), [3.0, -0.02]), eps=0.0)
@@ -252,7 +252,7 @@ def test_adams_closed_form():
 # Followers.
 
 
-def test_mars_against_the_authors_code():
+def test_mars_equals_the_authors_code():
     """AGI-Arena/MARS, update_fn. Its first step differs: last_grad starts at zero there."""
     last = grads = gradients() * 0.05
     for k, g in enumerate(grads):
@@ -267,7 +267,7 @@ def test_mars_against_the_authors_code():
     np.testing.assert_allclose(np.linalg.norm(ref.mars(1e3 * grads[0], None)), 1.0)
 
 
-def test_trust_ratio_against_optax():
+def test_trust_ratio_equals_optax():
     g = gradients()
     p = np.linspace(-2, 2, 48).reshape(8, 6)
     us = with_optax(optax.scale_by_trust_ratio(), g, p)
@@ -275,7 +275,7 @@ def test_trust_ratio_against_optax():
     np.testing.assert_array_equal(ref.trust_ratio(p, 0 * p), p)
 
 
-def test_cautious_and_grams_by_hand():
+def test_cautious_and_grams_equal_values_found_by_hand():
     u, g = np.array([1.0, -2.0, 3.0, 4.0]), np.array([5.0, 6.0, -7.0, 0.0])
     np.testing.assert_array_equal(ref.cautious(u, g), [4, 0, 0, 0])
     np.testing.assert_array_equal(ref.cautious(u, -u), [0, 0, 0, 0])
@@ -322,7 +322,7 @@ def schedule_free_reference(y, grads, lr, decay, warmup):
 
 
 @pytest.mark.parametrize("decay, warmup", [(0.0, 0), (0.1, 0), (0.1, 20)])
-def test_schedule_free_against_the_authors_code(decay, warmup):
+def test_schedule_free_equals_the_authors_code(decay, warmup):
     y, g = np.linspace(-2, 2, 48).reshape(8, 6), gradients()
     ys, x = schedule_free_reference(y, g, 0.1, decay, warmup)
     other_ys, other_x = schedule_free_authors(y, g, 0.1, decay=decay, warmup=warmup)
@@ -330,7 +330,7 @@ def test_schedule_free_against_the_authors_code(decay, warmup):
     assert_close(x, other_x)
 
 
-def test_schedule_free_against_optax():
+def test_schedule_free_equals_optax_without_warmup():
     y, g = np.linspace(-2, 2, 48).reshape(8, 6), gradients()
     ys, _ = schedule_free_reference(y, g, 0.1, 0.1, 0)
     assert_close(ys, schedule_free_optax(y, g, 0.1, 0.1, 0))
@@ -339,10 +339,10 @@ def test_schedule_free_against_optax():
     assert distance(ys, schedule_free_optax(y, g, 0.1, 0.1, 20)) > 0.01
 
 
-# Known disagreements. They are facts about the other libraries, which a reference must not "fix".
+# Known differences between other libraries, which a reference must not "fix"
 
 
-def test_amsgrad_optax_is_not_torch():
+def test_amsgrad_of_optax_is_not_pytorchs():
     g = gradients()
     assert distance(run(ref.amsgrad, g), run(ref.amsgrad_raw, g)) > 0.01
     assert (
@@ -351,7 +351,7 @@ def test_amsgrad_optax_is_not_torch():
     )
 
 
-def test_nadam_optax_is_not_torch():
+def test_nadam_of_optax_is_not_pytorchs():
     g = gradients()
     assert distance(run(ref.nadam, g), run(ref.nadam_scheduled, g)) > 0.01
     assert (
@@ -361,13 +361,13 @@ def test_nadam_optax_is_not_torch():
     assert_close(run(ref.nadam, g), run(ref.nadam_scheduled, g, momentum_decay=1e9))
 
 
-def test_adan_optax_is_not_the_authors():
+def test_adan_of_optax_is_not_the_authors():
     g = gradients()
     assert distance(with_optax(optax.scale_by_adan(), g), adan_authors(g)) > 0.01
     np.testing.assert_allclose(run(ref.adan, g[:1]), run(ref.adan_optax, g[:1]))
 
 
-def test_rho_of_the_paper_is_rectified_earlier():
+def test_the_radam_paper_rectifies_one_step_earlier():
     """b2 = 0.999 has rho_5 = 4.996: Optax and torch rectify from step 6, the paper from step 5."""
     g = gradients()
     differ = [
@@ -383,7 +383,7 @@ def test_rho_of_the_paper_is_rectified_earlier():
 @pytest.mark.parametrize(
     "rule", sorted({r for r, *_ in OPTAX + TORCH} | {ref.adan, ref.laprop, ref.adams}, key=str)
 )
-def test_references_do_not_touch_their_arguments(rule):
+def test_references_do_not_change_their_arguments(rule):
     g = gradients()
     _, s = rule(g[0], {}, t=1)
     before = {k: np.copy(v) for k, v in s.items()}

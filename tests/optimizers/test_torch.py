@@ -1,4 +1,4 @@
-"""In float64 our optimizers are PyTorch's, and with their own switches Keras's."""
+"""In float64 our optimizers equal PyTorch's, and with some options Keras's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ P0 = np.linspace(-2, 2, 12).reshape(3, 4)
 
 
 def gradients():
-    """Scales from 1e-3 to 10, which fall tenfold half way; one step without a gradient."""
+    """Draw scales from 1e-3 to 10 that fall tenfold halfway, and one step without a gradient."""
     rng = np.random.default_rng(3)
     g = rng.normal(size=(STEPS, 3, 4)) * 10.0 ** rng.uniform(-3, 1, size=(3, 4))
     g[STEPS // 2 :] *= 0.1
@@ -24,7 +24,7 @@ def gradients():
 
 
 def ours(tx):
-    """The parameters after each step."""
+    """Return the parameters after each step."""
 
     def step(carry, g):
         p, state = carry
@@ -102,7 +102,7 @@ def spelled(x):
 
 
 @pytest.mark.parametrize("name, given, torch_name, torch_given, tolerance", TORCH, ids=spelled)
-def test_equals_torch(name, given, torch_name, torch_given, tolerance):
+def test_equals_pytorch(name, given, torch_name, torch_given, tolerance):
     path = ours(getattr(adam_jax, name)(LR, **given))
     np.testing.assert_allclose(path, theirs(torch_name, **torch_given), rtol=0, atol=tolerance)
 

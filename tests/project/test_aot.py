@@ -1,4 +1,4 @@
-"""Compiled for a described TPU, by its real compiler, on a machine that has none: nothing is run.
+"""Programs compile for a described TPU with its real compiler, on a machine without a TPU.
 
 Needs libtpu, pip install "adam_jax[aot]". Without it these tests are skipped, but not in CI.
 """
@@ -18,7 +18,6 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import adam_jax
-from adam_jax._backends import choice
 
 os.environ |= {  # read when libtpu is loaded, which is at the first topology
     "TPU_SKIP_MDS_QUERY": "1",
@@ -45,7 +44,7 @@ def described_mesh(kind):
 
 
 def canonical(mesh):
-    """The README's stack."""
+    """Return the README's stack."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 10_000)
     mask = adam_jax.not_matching("bias", "norm")
     tx = adam_jax.chain(
@@ -56,7 +55,7 @@ def canonical(mesh):
 
 
 def compiled(tx, mesh, spec, dtype=jnp.bfloat16, applied=False):
-    """The step of a kernel and a bias, compiled for the devices of the mesh."""
+    """Return the step of a kernel and a bias, compiled for the devices of the mesh."""
     sharding = NamedSharding(mesh, spec)
     params = {
         "kernel": jax.ShapeDtypeStruct(SHAPE, dtype, sharding=sharding),
@@ -93,8 +92,8 @@ def test_the_canonical_stack_compiles_to_one_kernel_per_coded_leaf(kind, applied
 
 
 @every_kind
-def test_parameters_that_are_sharded_already(kind):
-    """FSDP: on automatic axes the specs are given to zero1, explicit ones are in the types."""
+def test_a_sharded_parameter_is_stepped_by_one_kernel_without_a_gather(kind):
+    """On automatic axes zero1 gets the specs; explicit ones are in the types."""
     mesh = described_mesh(kind)
     tx = adam_jax.adamw(1e-3, storage="int8")
     if kind == AxisType.Auto:
@@ -103,8 +102,7 @@ def test_parameters_that_are_sharded_already(kind):
     assert kernels(program) == 1 and count(program, "all-gather") == 0
 
 
-def test_unknown_shardings_on_automatic_axes_say_what_to_do():
-    choice._warn_once.cache_clear()
+def test_unknown_shardings_on_automatic_axes_warn_with_the_fix():
     mesh = described_mesh(AxisType.Auto)
     tx = adam_jax.adamw(1e-3, storage="int8")
     with pytest.warns(RuntimeWarning, match=r"explicit axes.*zero1\(tx, mesh, specs=specs\)"):

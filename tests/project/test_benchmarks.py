@@ -1,4 +1,4 @@
-"""The tables that pages show are the figures that benchmarks wrote."""
+"""Tables in pages show the figures that benchmarks wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ report = pytest.importorskip("benchmarks.report", reason="benchmarks/ is not ins
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
-def test_pages_show_what_was_measured(page):
+def test_tables_show_the_measured_results(page):
     text = page.read_text()
     names = re.findall(r"<!-- benchmarks/(\w+) -->", text)
     assert names

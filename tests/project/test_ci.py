@@ -1,6 +1,6 @@
-"""The workflows are valid YAML that calls `.ci/run`, and `.ci/run` says what it lacks.
+"""The workflows are valid YAML that calls `.ci/run`, and `.ci/run` names what is missing.
 
-Whether the workflows work shows on GitHub alone.
+Only GitHub shows whether the workflows work.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def test_a_release_has_no_token():
     assert "with" not in publish["steps"][-1]
 
 
-def test_a_missing_interpreter_and_an_unknown_argument(tmp_path):
+def test_the_script_names_a_missing_interpreter_and_an_unknown_argument(tmp_path):
     for name in ("bash", "dirname"):  # and no python3.13
         (tmp_path / name).symlink_to(shutil.which(name))
     done = run("newest", PATH=str(tmp_path))

@@ -1,4 +1,4 @@
-"""States that earlier versions wrote restore, and training goes on from them.
+"""States of earlier versions restore, and training continues from them.
 
 Each file is {"params", "state", "grads", "after"}: parameters and state after 5 steps of commit
 5e38ab5, the gradients of 3 more, and the parameters that the commit made of them.
@@ -45,7 +45,7 @@ def test_every_file_has_its_optimizer():
 
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_state_restores_and_goes_on(name):
+def test_a_state_of_an_earlier_version_restores_and_trains(name):
     saved = serialization.msgpack_restore((FILES / f"{name}.msgpack").read_bytes())
     tx = OPTIMIZERS[name]()
     params = jax.tree.map(jnp.asarray, saved["params"])
@@ -59,7 +59,7 @@ def test_a_saved_state_restores_and_goes_on(name):
         params = optax.apply_updates(params, updates)
 
     def close(new, expected, old):
-        """To rounding; the masters' random draws are other ones than they were."""
+        """Check up to rounding; masters are rounded with other random bits than before."""
         new, expected, old = (jnp.asarray(x, jnp.float32) for x in (new, expected, old))
         moved = jnp.abs(expected - old).max()
         rounded = 1e-3 if "int8" in name or "bfloat16" in name else 1e-5  # a code may be off by one

@@ -1,6 +1,6 @@
-"""The committed notebooks show what they say: each has its outputs, and none an error.
+"""The committed notebooks have their outputs, and no errors.
 
-Whether they run, `pytest --nbmake notebooks` tells, in a step of its own.
+`pytest --nbmake notebooks` runs them, in a separate step of CI.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ def cells(path):
 
 
 def text(value):
-    """A notebook's text may be a string or a list of lines."""
+    """Return a notebook's text, which may be a string or a list of lines."""
     return value if isinstance(value, str) else "".join(value)
 
 
 def shown(output):
-    """The text of an output: what was printed, or the plain form of a value."""
+    """Return the text of an output: printed text, or the plain form of a value."""
     data = output.get("data", {})
     return text(output.get("text", "")) + "".join(text(v) for k, v in data.items() if "text" in k)
 
 
 def complaints(path):
-    """What is wrong with a notebook, as sentences."""
+    """Yield a sentence for each defect of a notebook."""
     outputs = [o for cell in cells(path) for o in cell["outputs"]]
     sources = [text(cell["source"]) for cell in cells(path)]
     if path.stat().st_size > LARGEST:
@@ -58,11 +58,11 @@ def test_there_are_nine_notebooks_in_order():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_shows_what_it_says(path):
+def test_a_notebook_is_committed_with_its_outputs(path):
     assert list(complaints(path)) == []
 
 
-def test_what_is_wrong_is_found(tmp_path):
+def test_a_broken_notebook_is_found(tmp_path):
     notebook = json.loads(NOTEBOOKS[0].read_text())
     code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     code[0]["outputs"] = [

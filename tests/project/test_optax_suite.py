@@ -38,7 +38,7 @@ OTHER_MEANING = {"ema"}
 
 EVERYTHING = "OPTAX_SUITE_ALL" in os.environ  # what is too slow for every day as well
 
-# What runs in one process. Files that reach no function of ours are left out.
+# Each group runs in a process of its own. Files that call no function of ours are left out.
 GROUPS = {
     "optimizers": ["_src/alias_test.py::AliasTest"],
     "contrib": [
@@ -97,7 +97,7 @@ SKIPS = r"complex|reduce_on_plateau is not supported|TODO"
 
 
 def label(item: pytest.Function) -> str:
-    """A test's id, and its parameters, which absl's ids only number."""
+    """Return a test's id and its parameters, which absl's ids only number."""
     parameters = re.search(r"\(.*\)$", (item.function.__doc__ or "").partition("\n")[0])
     return item.nodeid + re.sub(r" at 0x\w+", "", parameters[0] if parameters else "")
 
@@ -159,7 +159,7 @@ def pytest_sessionfinish(session):
 
 @pytest.mark.suite
 @pytest.mark.parametrize("group", GROUPS)
-def test_optax_suite(group, tmp_path):
+def test_our_functions_pass_the_tests_of_optax(group, tmp_path):
     for package in ("absl", "flax", "scipy", "sklearn"):
         pytest.importorskip(package, reason=f"Optax's tests need {package}")
     if group == "slow" and not EVERYTHING:

@@ -1,7 +1,4 @@
-"""On eight devices: one run in every layout, nothing gathered, a state laid out as its parameters.
-
-The devices are virtual CPUs, which conftest.py asks JAX for.
-"""
+"""On eight virtual CPU devices, every sharding gives one run and gathers nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ def make_mesh(axis_type=AxisType.Auto):
 
 
 def arrays(seed):
-    """A float32 and a bfloat16 array for each layout."""
+    """Return a float32 and a bfloat16 array for each layout."""
     rng = np.random.default_rng(seed)
     return {
         dtype: {name: jnp.asarray(rng.normal(size=(16, 32)), dtype) for name in LAYOUTS}
@@ -39,7 +36,7 @@ def arrays(seed):
 
 
 def place_on(mesh, layouts=LAYOUTS):
-    """A function that lays each of these arrays out as its name says."""
+    """Return a function that shards each array as its name says."""
     named = {name: NamedSharding(mesh, spec) for name, spec in layouts.items()}
     shardings = {"float32": named, "bfloat16": named}
     return functools.partial(jax.device_put, device=shardings)
@@ -50,7 +47,7 @@ def make(name):
 
 
 def run(name, place):
-    """The parameters and the state after STEPS steps, donated to each other, and the program."""
+    """Return parameters and state after STEPS steps that donate them, and the program."""
     tx = make(name)
     params, *grads = (place(arrays(seed)) for seed in range(4))
     state = tx.init(params)
@@ -63,12 +60,12 @@ def run(name, place):
 
 @functools.cache
 def run_alone(name):
-    """The run on one device."""
+    """Return the run on one device."""
     return run(name, lambda leaves: leaves)[:2]
 
 
 def assert_laid_out(tx, state, params):
-    """Every moment is sharded as its parameter is."""
+    """Check that every moment is sharded like its parameter."""
 
     def check(moment, p):
         assert moment.sharding.is_equivalent_to(p.sharding, p.ndim), (moment.sharding, p.sharding)
@@ -77,7 +74,7 @@ def assert_laid_out(tx, state, params):
 
 
 def assert_close(ours, expected):
-    """To rounding; one element of bfloat16 in a thousand may fall on the other side of it.
+    """Check equality up to rounding, which may differ in one bfloat16 element of a thousand.
 
     XLA rewrites divisions by a scalar differently for one device and for many.
     """
@@ -90,8 +87,8 @@ def assert_close(ours, expected):
 
 @pytest.mark.slow
 @typical_rules
-def test_every_layout_gives_the_run_on_one_device(name):
-    """Random rounding included: draws depend on an element's place in the whole array."""
+def test_every_sharding_equals_the_run_on_one_device(name):
+    """Include random rounding, which depends on an element's position in the whole array."""
     mesh = make_mesh()
     params, state, program = run(name, place_on(mesh))
     assert_close((params, state), run_alone(name))
@@ -102,7 +99,7 @@ def test_every_layout_gives_the_run_on_one_device(name):
 
 
 @every_mode
-def test_every_layout_gives_the_same_bits(axis_type):
+def test_every_sharding_gives_the_same_bits(axis_type):
     mesh = make_mesh(axis_type)
     with jax.set_mesh(mesh):
         replicated = place_on(mesh, dict.fromkeys(LAYOUTS, P()))
@@ -112,8 +109,8 @@ def test_every_layout_gives_the_same_bits(axis_type):
 
 @every_mode
 @typical_rules
-def test_the_state_is_laid_out_as_the_parameters(name, axis_type):
-    """At an eager init, at a jitted one told so, and where shardings are types after any step."""
+def test_the_state_is_sharded_like_the_parameters(name, axis_type):
+    """Check an eager init, a jitted one, and, if shardings are types, a step."""
     mesh, tx = make_mesh(axis_type), make(name)
     with jax.set_mesh(mesh):
         params = place_on(mesh)(arrays(0))
@@ -138,8 +135,8 @@ def test_the_state_is_laid_out_as_the_parameters(name, axis_type):
 
 
 @pytest.mark.parametrize("way", ["shard_map", "pmap"])
-def test_data_parallel_by_hand(way):
-    """Replicated parameters and state, an average of gradients: the same as jit on the average."""
+def test_shard_map_and_pmap_equal_jit(way):
+    """Average the gradients over devices, with replicated parameters and state."""
     tx = adam_jax.chain(adam_jax.clip_by_global_norm(1.0), make("adam"))
     params = start = {"fsdp": jnp.ones((4, 3)), "w": jnp.full((3,), 0.5)}
     gradients = jax.tree.map(
@@ -171,7 +168,7 @@ def test_data_parallel_by_hand(way):
 
 @every_mode
 @pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_memory_report_says_what_each_device_holds(axis_type, storage):
+def test_memory_report_counts_the_bytes_of_each_device(axis_type, storage):
     mesh = make_mesh(axis_type)
     w = jax.device_put(jnp.ones((512, 256)), NamedSharding(mesh, P("data", "model")))
     params = {"w": w, "b": jax.device_put(jnp.ones(300), NamedSharding(mesh, P()))}

@@ -20,7 +20,7 @@ def schedule(count):
     return 1e-3 * (count.astype(jnp.float32) + 1)
 
 
-def test_groups_by_path():
+def test_groups_are_chosen_by_path():
     muon = optax.sgd(7.0)
     tx = groups(
         adam_jax.adamw,
@@ -45,7 +45,7 @@ def test_groups_by_path():
     }
 
 
-def test_a_factor_multiplies_a_schedule():
+def test_learning_rate_factor_multiplies_a_schedule():
     tx = groups(adam_jax.sgd, {"norm": dict(learning_rate_factor=0.5)}, learning_rate=schedule)
     state = tx.init(PARAMS)
     for step in (1, 2):
@@ -54,7 +54,7 @@ def test_a_factor_multiplies_a_schedule():
         np.testing.assert_allclose(updates["head"]["bias"], -1e-3 * step, rtol=1e-6)
 
 
-def test_tuning_one_group():
+def test_one_group_can_be_tuned():
     tx = groups(tunable(adam_jax.sgd), {"norm": dict(learning_rate=1.0)}, learning_rate=2.0)
     state = set_hyperparams(tx.init(PARAMS), group="norm", learning_rate=3.0)
     updates, state = tx.update(PARAMS, state, PARAMS)
@@ -80,7 +80,7 @@ class Layers(nnx.Module):
 
 
 @jax.numpy_rank_promotion("allow")  # which Flax's norms need
-def test_patterns_pick_the_same_leaves_in_linen_and_nnx():
+def test_patterns_match_the_same_leaves_in_linen_and_nnx():
     def make():
         return groups(adam_jax.sgd, {r"bias|[Nn]orm": "frozen"}, learning_rate=1.0)
 
@@ -121,6 +121,6 @@ def test_patterns_pick_the_same_leaves_in_linen_and_nnx():
         ({"head": dict(learn=1)}, ("sgd", "'learn'")),
     ],
 )
-def test_wrong_groups(patterns, parts):
+def test_wrong_groups_are_errors(patterns, parts):
     with pytest.raises((ValueError, TypeError), match=says(*parts)):
         groups(adam_jax.sgd, patterns, learning_rate=1.0).init(PARAMS)

@@ -1,4 +1,4 @@
-"""Several processes, processes that are killed, and what models cost on paper."""
+"""Several processes, killed processes, and the documented memory of models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.slow
-def test_two_processes_train_save_and_one_goes_on():
+def test_two_processes_train_and_save_and_one_resumes():
     ran = subprocess.run(
         [sys.executable, ROOT / "examples" / "two_processes.py"],
         env=ENVIRONMENT,
@@ -58,7 +58,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path):
+def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     assert subprocess.run(command, env=ENVIRONMENT, timeout=120).returncode == -signal.SIGKILL
     tx = adam_jax.adamw(1e-3, storage="int8")
@@ -73,8 +73,8 @@ def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path):
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.standard_promotion
-def test_the_formulas_are_those_of_real_programs(mode):
-    """Bytes on a device from its buffers; what the optimizer gathers from the compiled program."""
+def test_the_documented_bytes_equal_those_of_real_programs(mode):
+    """Count bytes from a device's buffers, and gathered arrays from the compiled program."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     narrow, spread = "bf16" in mode, mode.startswith("FSDP")
     tx = adam_jax.adamw(1e-3, storage="int8" if narrow else None)

@@ -1,4 +1,4 @@
-"""State spread over eight devices: its bytes, what is sent, and that steps are those of one."""
+"""State sharded over eight devices: its bytes, its collectives, and steps equal to one device's."""
 
 from __future__ import annotations
 
@@ -44,10 +44,12 @@ def make_mesh(name="line", kind=AxisType.Auto):
 # Bytes
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "storage, dtype",
+    [("float32", jnp.float32), ("int8", jnp.float32), ("int8", jnp.bfloat16)],
+)
 def test_each_device_holds_an_eighth_of_the_state(storage, dtype):
-    """Of GPT-2 small, whose embedding of 50257 × 768 divides along 768 only."""
+    """Check GPT-2 small; the devices divide its 50257 × 768 embedding along 768 only."""
     mesh = make_mesh()
     whole = NamedSharding(mesh, P())
     params = jax.tree.map(
@@ -64,7 +66,7 @@ def test_each_device_holds_an_eighth_of_the_state(storage, dtype):
     assert sum(jax.tree.leaves(jax.tree.map(here, state, shardings))) <= total / 8 + 0.02 * total
 
 
-def test_what_stays_whole_on_each_device_is_said():
+def test_the_memory_report_lists_what_is_whole_on_each_device():
     mesh = make_mesh()
     params = {"thin": jnp.ones((1001, 768)), "odd": jnp.ones((7, 9))}
     params = jax.device_put(params, NamedSharding(mesh, P()))
@@ -128,7 +130,7 @@ def on_one_device(name, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_twenty_steps_are_those_of_one_device(name, layout):
+def test_twenty_sharded_steps_equal_those_on_one_device(name, layout):
     mesh_name, spec = LAYOUTS[layout]
     mesh = make_mesh(mesh_name)
     tx = adam_jax.zero1(make(name), mesh) if layout == "zero1" else make(name)
@@ -143,12 +145,12 @@ def test_twenty_steps_are_those_of_one_device(name, layout):
         for copy in copies:
             np.testing.assert_array_equal(copy.data, copies[0].data)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected[1]), strict=True):
-        if ours.dtype in (jnp.int8, jnp.uint8):  # of a step's rounding, by an ulp of its operand
+        if ours.dtype in (jnp.int8, jnp.uint8):  # an operand of the rounding may differ by an ulp
             assert np.mean(np.asarray(ours) != theirs) <= 1e-3
 
 
 @pytest.mark.parametrize("outside", ["alone", "MultiSteps", "apply_if_finite"])
-def test_zero1_around_optax_and_inside_of_it(outside):
+def test_zero1_composes_with_optax(outside):
     mesh = make_mesh()
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2, weight_decay=0.1))
     around = {
@@ -173,7 +175,7 @@ def test_zero1_around_optax_and_inside_of_it(outside):
     assert mu.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
 
 
-# What is sent
+# Collectives
 
 CANONICAL = masters(
     adam_jax.chain(
@@ -189,7 +191,7 @@ CANONICAL = masters(
 
 
 def network(mesh, explicit):
-    """Parameters in bfloat16, a batch spread over the devices, and a loss."""
+    """Return bfloat16 parameters, a batch sharded over the devices, and a loss."""
     rng = np.random.default_rng(0)
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     shapes = {"in": {"kernel": (512, 1024), "bias": (1024,)}, "out": {"kernel": (1024, 3)}}
@@ -215,8 +217,8 @@ def network(mesh, explicit):
 @pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("applied", [False, True], ids=["update", "apply"])
-def test_zero1_gathers_parameters_or_updates_and_nothing_of_the_state(axis_type, applied):
-    """The canonical stack, trained: clipping by the global norm, masters, int8, a schedule."""
+def test_zero1_gathers_parameters_or_updates_but_no_state(axis_type, applied):
+    """Train the canonical stack: clipping by the global norm, masters, int8, a schedule."""
     mesh = make_mesh(kind=axis_type)
     tx = adam_jax.zero1(CANONICAL, mesh)
 
@@ -237,7 +239,7 @@ def test_zero1_gathers_parameters_or_updates_and_nothing_of_the_state(axis_type,
         last = loss(params, x)
     assert last < 0.1 * first
     gathered = [c for c in collectives if c[0] in ("all-gather", "all-to-all")]
-    # XLA:CPU gathers bfloat16 as float32; the kernel of 1024 × 3 and the bias are spread, too
+    # XLA:CPU gathers bfloat16 as float32; the 1024 × 3 kernel and the bias are sharded, too
     assert sorted(n for *_, n in gathered) == [1024, 3 * 1024, 512 * 1024]
     assert {dtype for _, dtype, _ in gathered} <= {"bf16", "f32"}
     assert not [c for c in collectives if c[1] in ("s8", "u8", "s16")]
@@ -248,7 +250,7 @@ def test_zero1_gathers_parameters_or_updates_and_nothing_of_the_state(axis_type,
 
 @every_mode
 @pytest.mark.parametrize("tx", [CANONICAL, optax.adamw(1e-2)], ids=["canonical", "optax.adamw"])
-def test_the_optimizer_gathers_nothing_of_sharded_parameters(axis_type, tx):
+def test_the_optimizer_gathers_no_sharded_parameters(axis_type, tx):
     mesh = make_mesh("grid", axis_type)
     with jax.set_mesh(mesh):
         p = jax.device_put(
@@ -259,11 +261,11 @@ def test_the_optimizer_gathers_nothing_of_sharded_parameters(axis_type, tx):
     assert largest_sent(program) <= 8
 
 
-# How a state lies
+# The sharding of a state
 
 
 @every_mode
-def test_state_sharding_is_what_init_gives(axis_type):
+def test_state_sharding_equals_the_sharding_of_init(axis_type):
     mesh = make_mesh("grid", axis_type)
     shapes = {"w": (64, 1024), "thin": (1000, 768), "bias": (1024,)}
     specs = {"w": P("data", "model"), "thin": P(None, ("data", "model")), "bias": P("model")}
@@ -289,7 +291,7 @@ def test_state_sharding_is_what_init_gives(axis_type):
 
 
 @every_mode
-def test_zero1_spreads_along_what_divides_and_beside_other_axes(axis_type):
+def test_zero1_shards_an_axis_that_the_devices_divide(axis_type):
     mesh = make_mesh("grid", axis_type)
     shapes = {"rows": (8, 6), "columns": (6, 8), "neither": (6, 6), "scalar": (), "both": (8, 8)}
     specs = {**dict.fromkeys(shapes, P()), "both": P(None, "model")}
@@ -313,8 +315,8 @@ def test_zero1_spreads_along_what_divides_and_beside_other_axes(axis_type):
             assert sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shapes[name])), name
 
 
-def test_state_in_host_memory():
-    """The recipe: the state comes to the devices for its step and goes back."""
+def test_the_state_can_be_kept_in_host_memory():
+    """Follow the recipe: move the state to the devices for a step and back to the host."""
     mesh = make_mesh()
     tx = adam_jax.adamw(1e-2, storage="int8")
     start = jax.random.normal(jax.random.key(0), (64, 1024))
@@ -409,11 +411,13 @@ def test_a_checkpoint_of_eight_devices_resumes_on_fewer(tmp_path, devices):
 # Wrong use
 
 
-def test_wrong_use_says_what_to_do():
+def test_sharding_errors_say_what_to_do():
     mesh, tx = make_mesh(), adam_jax.adamw(1e-3)
     with pytest.raises(ValueError, match=says("zero1", "axis", "mesh", "'data'", "'x'")):
         adam_jax.zero1(tx, mesh, axis="x")
-    with pytest.raises(ValueError, match=says("state_sharding", "parameters", "shardings", "pass")):
+    with pytest.raises(
+        ValueError, match=says("state_sharding", "params", "NamedShardings", "specs")
+    ):
         adam_jax.state_sharding(tx, {"w": jax.ShapeDtypeStruct((8,), jnp.float32)})
     with pytest.raises(ValueError, match=says("chain", "zero1(master_weights(", "outermost")):
         adam_jax.chain(adam_jax.zero1(CANONICAL, mesh), optax.scale(0.5))
@@ -424,10 +428,10 @@ def test_wrong_use_says_what_to_do():
 
 
 @every_mode
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 @pytest.mark.parametrize("wrap", ["zero1", "master_weights", "fsdp"])
 def test_an_eager_init_shards_the_state(axis_type, storage, wrap):
-    """Outside of jit and of any mesh context, as the README does it."""
+    """Call init outside of jit and of any mesh context, as in the README."""
     mesh = make_mesh(kind=axis_type)
     tx = adam_jax.adamw(1e-3, storage=storage)
     dtype, spec = (jnp.float32, P("data")) if wrap == "fsdp" else (jnp.bfloat16, P())
@@ -453,7 +457,7 @@ def test_parameters_off_an_explicit_mesh_are_an_error_under_jit(storage):
     mesh = make_mesh(kind=AxisType.Explicit)
     tx = adam_jax.zero1(adam_jax.adamw(1e-3, storage=storage), mesh)
     params = {"w": jnp.ones((64, 128))}
-    state = tx.init(params)  # eagerly they are put there
+    state = tx.init(params)  # an eager init moves them to the mesh
     with pytest.raises(ValueError, match=says("zero1", "gradient", "'w'", "mesh")):
         jax.jit(tx.update)(params, state, params)
     with jax.set_mesh(mesh):

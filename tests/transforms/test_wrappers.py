@@ -21,7 +21,7 @@ from helpers import (
 
 @pytest.mark.parametrize("wrapper", ["cautious", "grams"])
 @pytest.mark.parametrize("inner", [adam_jax.scale_by_adam, optax.scale_by_adam])
-def test_wrappers_follow_any_direction(wrapper, inner):
+def test_cautious_and_grams_wrap_any_direction(wrapper, inner):
     g = gradients_with_everything(20)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         tx = getattr(adam_jax, wrapper)(inner())
@@ -32,7 +32,7 @@ def test_wrappers_follow_any_direction(wrapper, inner):
     np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_mars_corrects_what_its_direction_sees():
+def test_mars_corrects_the_gradient_for_its_direction():
     g = gradients_with_everything(20)
     with jax.enable_x64(True):
         got = updates_over(adam_jax.mars(adam_jax.scale_by_adam()), g)
@@ -52,7 +52,7 @@ def test_wrappers_compose():
 
 @every_optimizer
 @pytest.mark.parametrize("wrapper", ["cautious", "grams"])
-def test_a_finished_optimizer_is_refused_with_the_right_line(name, wrapper):
+def test_cautious_and_grams_refuse_a_finished_optimizer(name, wrapper):
     finished = FINISHED[name](1e-3)
     for tx in (finished, adam_jax.chain(optax.clip(1.0), finished), adam_jax.mars(finished)):
         with pytest.raises(ValueError, match=rf"{wrapper}\(adam_jax.scale_by_adam\(\)\)"):
@@ -60,7 +60,7 @@ def test_a_finished_optimizer_is_refused_with_the_right_line(name, wrapper):
 
 
 @every_optimizer
-def test_cautious_constructor_masks_the_direction_before_the_decay(name):
+def test_cautious_true_masks_the_direction_before_the_decay(name):
     g = gradients_with_everything(12).astype(np.float32)
     params = jnp.ones_like(g[0])
     plain = FINISHED[name](1.0, weight_decay=None)

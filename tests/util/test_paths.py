@@ -1,4 +1,4 @@
-"""Paths of leaves: every leaf has one, patterns see all of it, and two leaves may have the same."""
+"""Every leaf has a path that patterns match; two leaves may have the same path."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_leaf_called_value_is_found_by_that_name(tree):
     assert "attn/value" in seen
 
 
-def test_leaves_of_one_path_are_told_apart():
+def test_leaves_with_the_same_path_keep_their_own_moments():
     exact = adam_jax.adamw(1e-3)
     tx = adam_jax.diagnostics.record(adam_jax.adamw(1e-3, storage="int8"), every=1)
     _, state = tx.update(CLASH, tx.init(CLASH), CLASH)
@@ -48,7 +48,7 @@ def test_leaves_of_one_path_are_told_apart():
     assert len(adam_jax.diagnostics.storage_error(state)) == 4
 
 
-def test_leaves_of_one_path_are_rounded_independently():
+def test_leaves_with_the_same_path_are_rounded_independently():
     params = jax.tree.map(lambda x: jnp.ones((64, 128), jnp.bfloat16), CLASH)
     grads = jax.tree.map(lambda x: jnp.full((64, 128), 0.25, jnp.bfloat16), CLASH)
     tx = adam_jax.stochastic_rounding(optax.sgd(2.0**-8))
