@@ -12,7 +12,15 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from adam_jax._util.declare import Moment, Rule, positive, rule, running_max, signed
+from adam_jax._util.declare import (
+    Moment,
+    Rule,
+    decaying_max,
+    positive,
+    rule,
+    running_max,
+    signed,
+)
 from adam_jax._util.numerics import (
     abs_sq,
     averaging_length,
@@ -24,7 +32,7 @@ from adam_jax._util.numerics import (
     sqrt,
 )
 
-average_square: Moment = positive.at_least(least_square)
+average_square: Moment = positive.at_least(least_square, bounds_step=True)
 """An average of squared gradients; mu, the average gradient, bounds it from below."""
 
 
@@ -49,7 +57,7 @@ def adam_eps_hat(g, mu, nu, *, t, b1, b2, eps):
 
 
 def look_ahead(mu, g, b1, t):
-    """Estimate the bias-corrected moment of step t + 1, with g as the next gradient."""
+    """Estimate the bias-corrected mu of step t + 1 if the next gradient equals g."""
     return ema(b1, debias(mu, b1, t + 1), debias(g, b1, t))
 
 
@@ -66,9 +74,9 @@ def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root):
 
 @rule(mu=signed, nu=average_square)
 def nadam_scheduled(g, mu, nu, *, t, b1, b2, eps, eps_root, momentum_decay):
-    """Dozat (2016), Algorithm 2, whose momentum warms up: b1·(1 - ½·0.96^(t·momentum_decay)).
+    """Dozat (2016), Algorithm 2, with the momentum b1·(1 - ½·0.96^(t·momentum_decay)).
 
-    PyTorch sets momentum_decay to 0.004, Keras to 1.0. Optax has no schedule; see `nadam`.
+    PyTorch sets momentum_decay to 0.004, Keras to 1.0. Optax keeps b1 constant (`nadam`).
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
@@ -109,13 +117,9 @@ def amsgrad_raw(
     return m / (sqrt(v + eps_root) + eps), mu, nu, nu_max
 
 
-@rule(mu=signed, nu=positive.at_least(least_norm))
+@rule(mu=signed, nu=decaying_max.at_least(least_norm))
 def adamax(g, mu, nu, *, t, b1, b2, eps):
-    """Kingma & Ba (2015), Algorithm 2, plus an ε that PyTorch and Optax add to |g|.
-
-    nu decays, so quantized storage rounds it like an average. Rounding down would lower it by one
-    code at every step.
-    """
+    """Kingma & Ba (2015), Algorithm 2, plus an ε that PyTorch and Optax add to |g|."""
     mu = ema(b1, mu, g)
     nu = jnp.maximum(b2 * nu, jnp.abs(g) + eps)
     return debias(mu, b1, t) / nu, mu, nu
@@ -148,10 +152,10 @@ def adabelief(g, mu, nu, *, t, b1, b2, eps, eps_root, nesterov=False):
 
 @rule(
     mu=signed.starting_at("initial_accumulator_value"),
-    nu=positive.starting_at("initial_accumulator_value"),
+    nu=positive.starting_at("initial_accumulator_value")._replace(average=False),
 )
 def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
-    """Zaheer et al. (2018), Algorithm 2: nu moves toward g² by (1 - b2)·g², whatever the distance.
+    """Zaheer et al. (2018), Algorithm 2: nu moves toward g² by (1 - b2)·g², at any distance.
 
     Both moments start at initial_accumulator_value, as in Optax; in the paper, only nu does.
     """
@@ -161,7 +165,7 @@ def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
 
 
 def least_adan(m, b1, b3):
-    """Return a lower bound of Adan's n: n averages x², and g averages x, where x = g + c·Δg."""
+    """Return a lower bound of Adan's n, the average of x² for x = g + c·Δg; g averages x."""
     return jnp.maximum(1 - 0.5 / b3, 0) * least_square(m, b1, b3)  # for c ≤ 1
 
 
@@ -291,7 +295,7 @@ def rms_centered(g, mu, nu, *, t, decay, eps, eps_in_sqrt=True, bias_correction=
 def rms_variance(g, mu, variance, *, t, decay, eps, eps_in_sqrt=True, bias_correction=False):
     """Compute the direction of `rms_centered` from mu and the variance nu - mu².
 
-    The difference of quantized moments is mostly error. Welford's recursion (1962) avoids it: if
+    Subtracting quantized moments leaves mostly error. Welford's recursion (1962) avoids it: if
     the new gradient has weight w, mean ← mean + w·(g - mean) and
     variance ← (1 - w)·(variance + w·(g - mean)²).
     """
@@ -321,7 +325,7 @@ def identity(u):
 
 @rule()
 def clip(u, *, norm, max_norm):
-    """Pascanu et al. (2013), Algorithm 1: clip u to max_norm; `norm` is the whole tree's."""
+    """Pascanu et al. (2013), Algorithm 1: clip u to max_norm; `norm` is the global norm."""
     return jnp.where(norm < max_norm, u, u / norm * max_norm)
 
 
@@ -342,7 +346,7 @@ def decay_decoupled(u, *, p, weight_decay):
 
 @rule()
 def decay_independent(u, *, p, weight_decay):
-    """Loshchilov & Hutter (2019), Algorithm 2: p decays by λ_t·p, whatever η."""
+    """Loshchilov & Hutter (2019), Algorithm 2: p decays by λ_t·p, for any η."""
     return u - weight_decay * p
 
 
@@ -383,7 +387,7 @@ def trust_ratio(u, *, p, mean):
 def mars(g, g_prev, *, mean, gamma, b1, size):
     """Yuan et al. (2024), MARS, Algorithm 2 (approximate): a variance-reduced gradient.
 
-    Its norm per leaf is clipped to 1. g_prev starts at 0, as in the authors' code.
+    Each leaf is clipped to norm 1. g_prev starts at 0, as in the authors' code.
     """
     c = g + gamma * b1 / (1 - b1) * (g - g_prev)
     norm = sqrt(mean(abs_sq(c)) * size)
@@ -392,7 +396,7 @@ def mars(g, g_prev, *, mean, gamma, b1, size):
 
 @rule(z=signed)
 def schedule_free(u, z, *, p, b1, share):
-    """Defazio et al. (2024), equations 3-5: z takes the steps, x averages z, and y is trained.
+    """Defazio et al. (2024), equations 3-5: z is stepped, x averages z, and y is trained.
 
     z ← z + u, x ← (1 - share)·x + share·z, y = (1 - b1)·z + b1·x. The parameter p is y; x is not
     stored. Substituting x = (y - (1 - b1)·z)/b1 gives the change of y below, without cancellation.

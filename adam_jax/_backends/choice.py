@@ -12,13 +12,13 @@ from jax.sharding import NamedSharding
 from adam_jax._backends import tiled, xla
 from adam_jax._backends.per_shard import is_unknown
 from adam_jax._backends.step import Operands, Result, Step
-from adam_jax.storage._moments import any_quantized
+from adam_jax.storage._moments import any_lossy
 
 
 def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run quantized steps in a kernel or in tiles, and others in XLA, which fuses them well."""
     platform = step.platform
-    if not any_quantized(operands.moments):
+    if not any_lossy(operands.moments):
         return xla.execute_leaf(step, operands, sharding)
     if platform == "cpu" and operands.update.size <= tiled.TILE["cpu"]:
         return xla.execute_leaf(step, operands, sharding)
@@ -37,7 +37,7 @@ def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Re
             "with the PartitionSpecs of the parameters"
         )
         return xla.execute_leaf(step, operands, sharding)
-    # the program may run on the accelerator's host, which must not interpret a kernel
+    # the program may run on the accelerator's host CPU, where kernels don't compile
     return jax.lax.platform_dependent(
         operands,
         cpu=functools.partial(tiled.execute_leaf, step, sharding=sharding),
@@ -46,7 +46,7 @@ def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Re
 
 
 def execute_in_kernel(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
-    """Run the step in a Pallas kernel, and import Pallas only then, as that is slow."""
+    """Run the step in a Pallas kernel, with the slow import of Pallas only here."""
     from adam_jax._backends import pallas
 
     return pallas.execute_leaf(step, operands, sharding)

@@ -1,4 +1,4 @@
-"""Hoist computations that depend only on scalars out of a kernel.
+"""Hoist scalar-only computations out of a kernel.
 
 A kernel runs once per tile. Bias corrections and schedules are the same for all tiles, and use
 operations that kernels lack (`expm1`, sums of series).

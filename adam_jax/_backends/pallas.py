@@ -24,21 +24,23 @@ from adam_jax._backends.kernel_call import kernel_call, unsupported
 from adam_jax._backends.per_shard import Shard, per_shard
 from adam_jax._backends.step import (
     Aliased,
+    Extent,
     Means,
     Operands,
     Part,
     Result,
     Step,
     complete,
+    extents,
     known_mean,
     mean_sizes,
     next_averaged,
-    spans,
 )
 from adam_jax._backends.tiles import Grid
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax.storage._moments import dtypes
 from adam_jax.storage._random_bits import Position
+from adam_jax.storage._reduced import sum_to
 
 Mask = Callable[[], jax.Array | None]
 """Returns the mask of a tile, or None if the whole tile is in the leaf."""
@@ -57,12 +59,12 @@ def _store(ref: Any, x: jax.Array, mask: Mask) -> None:
 class Target(NamedTuple):
     """The platform-specific settings of a kernel."""
 
-    grid: Callable[[tuple[int, ...], int], Grid]
-    """(a leaf's shape, its largest block size) → its tiles."""
+    grid: Callable[[tuple[int, ...], int, bool], Grid]
+    """(a leaf's shape, its largest block size, whether a moment is reduced) → its tiles."""
     scalars: pl.BlockSpec
     """The memory space of scalars."""
-    compiler: Any = None
-    """Compiler parameters; their class selects the compiler."""
+    compiler: Callable[[int], Any] = lambda _: None
+    """The number of elements in a tile → the compiler's parameters, whose class selects it."""
     load: Callable[[Any, Mask], jax.Array] = _load
     """Reads a tile: (ref, mask) → array. The default leaves masking to the compiler."""
     store: Callable[[Any, jax.Array, Mask], None] = _store
@@ -82,16 +84,17 @@ def interpreted() -> Target:
 
 def triton() -> Target:
     """Return the target of a kernel that Triton compiles, for GPUs."""
-    from adam_jax._backends.triton import COMPILER, load, store
+    from adam_jax._backends.triton import compiler, load, store
 
-    return Target(tiles.for_registers, pl.BlockSpec(), COMPILER, load, store)
+    return Target(tiles.for_registers, pl.BlockSpec(), compiler, load, store)
 
 
 def mosaic() -> Target:
     """Return the target of a kernel that Mosaic compiles, for TPUs."""
     from jax.experimental.pallas import tpu
 
-    return Target(tiles.for_vectors, pl.BlockSpec(memory_space=tpu.SMEM), tpu.CompilerParams())
+    memory = pl.BlockSpec(memory_space=tpu.SMEM)
+    return Target(tiles.for_vectors, memory, lambda _: tpu.CompilerParams())
 
 
 TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
@@ -99,8 +102,15 @@ TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
 
 
 def supports(operands: Operands) -> bool:
-    """Whether kernels support a leaf: its arithmetic is float32, and it isn't a scalar."""
-    return operands.update.ndim > 0 and arithmetic_dtype(*dtypes(operands[:4])) == jnp.float32
+    """Whether kernels support a leaf: float32 arithmetic, not a scalar, means of the last two axes.
+
+    Tiles are along these axes, and partial means of other axes would be as large as the leaf.
+    """
+    shape = operands.update.shape
+    reduced = {axis for extent in extents(operands.moments, shape) for axis in extent.reduced}
+    if not shape or min(reduced, default=len(shape)) < len(shape) - 2:
+        return False
+    return arithmetic_dtype(*dtypes(operands[:4])) == jnp.float32
 
 
 def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
@@ -121,9 +131,10 @@ def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard)
         return unaligned.execute_shard(step, operands, shard)
     leaf_operands, shape = operands[:4], operands.update.shape
     arrays, tree = jax.tree.flatten(leaf_operands)
-    columns = spans(leaf_operands)
-    grid = target.grid(shape, max(columns))
-    call = functools.partial(_call, target, grid, [grid.view(x) for x in arrays], columns)
+    kinds = extents(leaf_operands, shape)
+    is_reduced = any(extent.reduced for extent in kinds)
+    grid = target.grid(shape, max(extent.span for extent in kinds), is_reduced)
+    call = functools.partial(_call, target, grid, [grid.view(x) for x in arrays], kinds)
 
     def tile(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> tuple[Operands, Part]:
         scalars, seeds, origin, means = shared
@@ -133,24 +144,34 @@ def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard)
             return tile_shard.position(*grid.rows_and_columns(i), shape)
 
         part = Part(known_mean(means), position, grid.block_absmax(i))
-        u, g, p, moments = tree.unflatten(parts)
+        u, g, p, moments = tree.unflatten(
+            jnp.broadcast_to(x, (grid.rows, grid.columns)) if extent.reduced else x
+            for x, extent in zip(parts, kinds, strict=True)
+        )
         return Operands(u, g, p, moments, scalars, seeds), part
 
     def sums(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> list[jax.Array]:
         xs = next_averaged(step, *tile(i, parts, shared), shared.means)
         return [jnp.sum(grid.owned(i, x), keepdims=True) for x in xs]
 
-    def advance(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> Result:
-        return complete(step, *tile(i, parts, shared))
+    def advance(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> list[jax.Array]:
+        new = jax.tree.leaves(complete(step, *tile(i, parts, shared)))
+        return [
+            sum_to(grid.owned(i, x), grid.block(kinds[k])) if kinds[k].reduced else x
+            for x, k in zip(new, written, strict=True)
+        ]
 
     shared = Shared(operands.scalars, operands.seeds, shard.origin, [])
     for size in mean_sizes(step, operands):  # one read-only pass per call of `mean`
-        partial = call(sums, shared, partial_sums=size)
+        partial = call(sums, shared, [Extent(reduced=grid.all_axes)] * size)
         shared.means.append(shard.mean_of_sums([jnp.sum(x) for x in partial]))
     u, _, p, moments = tree.unflatten(range(len(arrays)))
     written = jax.tree.leaves((p if step.aliased is Aliased.PARAM else u, moments))
-    out = call(advance, shared, aliased=written)
-    out = [x.reshape(arrays[k].shape) for x, k in zip(out, written, strict=True)]
+    out = call(advance, shared, [kinds[k] if kinds[k].reduced else k for k in written])
+    out = [
+        (jnp.sum(x, axis=0) if kinds[k].reduced else x).reshape(arrays[k].shape)
+        for x, k in zip(out, written, strict=True)
+    ]
     replaced = Result(step.aliased.of(operands), operands.moments)
     return jax.tree.unflatten(jax.tree.structure(replaced), out)
 
@@ -168,22 +189,21 @@ def _call(
     target: Target,
     grid: Grid,
     arrays: Sequence[jax.Array],
-    spans: Sequence[int],
+    kinds: Sequence[Extent],
     compute: Callable[..., Any],
     shared: Shared,
-    *,
-    aliased: Sequence[int] = (),
-    partial_sums: int = 0,
+    outputs: Sequence[int | Extent],
 ) -> list[jax.Array]:
     """Run a kernel that computes compute(i, the i-th tiles, shared) for all tiles.
 
-    Its results replace the arrays with the indices `aliased`, or are partial sums, one per tile.
+    Each result overwrites the array at the index in `outputs`, or is partial sums along the axes
+    that the extent in `outputs` lacks.
     """
     scalars, tree = jax.tree.flatten(shared)
     i = jax.ShapeDtypeStruct((), jnp.int32)
     tile_types = [
-        jax.ShapeDtypeStruct((grid.rows, pl.cdiv(grid.columns, span)), x.dtype)
-        for x, span in zip(arrays, spans, strict=True)
+        jax.ShapeDtypeStruct(grid.block(extent), x.dtype)
+        for x, extent in zip(arrays, kinds, strict=True)
     ]
 
     def flat(*operands: Any) -> list[jax.Array]:
@@ -197,31 +217,36 @@ def _call(
         raise unsupported(grid.shape, error) from error
     hoisted = front(*scalars)
     vectors = _pack(hoisted)
-    specs = [grid.spec(span) for span in spans]
+    specs = [grid.spec(extent) for extent in kinds]
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-    sums = jax.ShapeDtypeStruct((grid.tiles, 1, 1), jnp.float32)
-    sums_spec = pl.BlockSpec((None, 1, 1), lambda i: (i, 0, 0))
+    sums = {j: grid.sums(x) for j, x in enumerate(outputs) if isinstance(x, Extent)}
+    replaced = {j: k for j, k in enumerate(outputs) if not isinstance(k, Extent)}
 
     def kernel(*refs: Any) -> None:
         refs_in = refs[len(vectors) : len(vectors) + len(arrays)]
         refs_out = refs[len(vectors) + len(arrays) :]
         i = pl.program_id(0)
 
-        masks = [functools.partial(grid.mask, i, span) for span in spans]
+        masks = [functools.partial(grid.mask, i, extent) for extent in kinds]
         parts = [target.load(*pair) for pair in zip(refs_in, masks, strict=True)]
         results = rest(*_unpack(refs[: len(vectors)], hoisted), i, *parts)
-        out_masks = [masks[k] for k in aliased] + [lambda: None] * partial_sums
-        for written in zip(refs_out, results, out_masks, strict=True):
-            target.store(*written)
+        for j, (ref, x) in enumerate(zip(refs_out, results, strict=True)):
+            if j in replaced:
+                target.store(ref, x, masks[replaced[j]])
+                continue
+            is_first = sums[j].is_first
+            if is_first is not None:
+                x = jnp.where(is_first(i), x, ref[...] + x)
+            target.store(ref, x, functools.partial(grid.mask, i, sums[j].extent))
 
     call = pl.pallas_call(
         kernel,
         grid=(grid.tiles,),
         in_specs=[*[target.scalars] * len(vectors), *specs],
-        out_specs=[specs[k] for k in aliased] + [sums_spec] * partial_sums,
-        out_shape=[types[k] for k in aliased] + [sums] * partial_sums,
-        input_output_aliases={len(vectors) + k: j for j, k in enumerate(aliased)},
-        compiler_params=target.compiler,
+        out_specs=[sums[j].spec if j in sums else specs[replaced[j]] for j in range(len(outputs))],
+        out_shape=[sums[j].type if j in sums else types[replaced[j]] for j in range(len(outputs))],
+        input_output_aliases={len(vectors) + k: j for j, k in replaced.items()},
+        compiler_params=target.compiler(grid.rows * grid.columns),
         interpret=target.interpret,
         name="adam_jax_step",
     )

@@ -7,7 +7,6 @@ runs the step, except on TPUs, which don't support it.
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,20 +17,11 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from adam_jax._backends.step import Operands, Result, Step
+from adam_jax._backends.step import Extent, Operands, Result, Step, extents
 from adam_jax._util import errors
 from adam_jax._util.partition_specs import drop_indivisible, names, parts
-from adam_jax._util.typing import PyTree
-from adam_jax.storage._moments import block_size, is_quantized
+from adam_jax.storage._moments import block_size
 from adam_jax.storage._random_bits import Position
-
-
-class Role(enum.Enum):
-    """How an array of a step is sharded."""
-
-    LEAF = "like the leaf"
-    SCALES = "like the leaf, with the last axis in blocks"
-    REPLICATED = "replicated"
 
 
 class Shard(NamedTuple):
@@ -48,7 +38,7 @@ class Shard(NamedTuple):
     def position(
         self, row: jax.Array, column: jax.Array, width: int, shape: Sequence[int]
     ) -> Position:
-        """Return the leaf position of [row, column : column + width] in a part of this shape."""
+        """Return where a part's elements [row, column : column + width] are in the leaf."""
         *leading, last = (jnp.asarray(x, jnp.uint32) for x in self.origin)
         row, column = row.astype(jnp.uint32), column.astype(jnp.uint32)
         if tuple(shape[:-1]) != self.leaf_shape[:-1]:
@@ -66,7 +56,7 @@ class Shard(NamedTuple):
         return self.position(row, jnp.zeros_like(row), shape[-1], shape)
 
     def mean(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Return means over the leaf of arrays of this shard."""
+        """Return whole-leaf means, given this shard's arrays."""
         return self.mean_of_sums([jnp.sum(x) for x in xs])
 
     def mean_of_sums(self, sums: Sequence[jax.Array]) -> list[jax.Array]:
@@ -98,9 +88,9 @@ def per_shard(
     u = operands.update
     replaced = Result(step.aliased.of(operands), operands.moments)
     arrays, tree = jax.tree.flatten(operands)
-    written = _roles(replaced)
-    roles = _roles(operands[:4])
-    roles += [Role.REPLICATED] * (len(arrays) - len(roles))
+    written = extents(replaced, u.shape)
+    sharded: list[Extent | None] = [*extents(operands[:4], u.shape)]
+    given = sharded + [None] * (len(arrays) - len(sharded))  # scalars and seeds are replicated
     blocks = [block_size(x) for moments in operands.moments for x in moments]
     indices = [jnp.arange(n, dtype=jnp.uint32) for n in u.shape]
 
@@ -121,12 +111,20 @@ def per_shard(
         def part(*arrays: jax.Array) -> list[jax.Array]:
             origin = [index[0] for index in arrays[-u.ndim :]]
             shard = Shard(u.shape, origin, tuple(axes), tuple(unaligned))
-            return local(shard, *arrays[: -u.ndim])
+            out = local(shard, *arrays[: -u.ndim])
+            return [across_shards(x, extent) for x, extent in zip(out, written, strict=True)]
 
-        scales = P(*spec[:-1], None if unaligned else spec[-1])
-        specs = {Role.LEAF: spec, Role.SCALES: scales, Role.REPLICATED: P()}
-        inputs = [specs[role] for role in roles] + [P(entry) for entry in spec]
-        return part, inputs, [specs[role] for role in written]
+        def across_shards(x: jax.Array, extent: Extent) -> jax.Array:
+            summed = tuple(name for k in extent.reduced for name in names(spec[k]))
+            return jax.lax.psum(x, summed) if summed else x
+
+        def spec_of(extent: Extent) -> P:
+            last = None if unaligned and extent.span > 1 else spec[-1]
+            entries = enumerate((*spec[:-1], last))
+            return P(*(None if k in extent.reduced else entry for k, entry in entries))
+
+        inputs = [P() if extent is None else spec_of(extent) for extent in given]
+        return part, inputs + [P(entry) for entry in spec], [*map(spec_of, written)]
 
     def mapped(mesh: Any, inputs: Any, outputs: Any, part: Any) -> Callable[..., Any]:
         ins = tuple(inputs)
@@ -139,14 +137,15 @@ def per_shard(
     elif AxisType.Explicit in typed.mesh.axis_types:
         mesh = typed.mesh
         part, inputs, outputs = split(mesh, typed.spec)
-        given = [
-            x if role is Role.LEAF else jax.reshard(x, NamedSharding(mesh, spec))
-            for x, role, spec in zip([*arrays, *indices], [*roles, *u.shape], inputs, strict=True)
+        operand_extents = [*given, *[None] * u.ndim]
+        placed = [
+            x if extent == Extent() else jax.reshard(x, NamedSharding(mesh, spec))
+            for x, extent, spec in zip([*arrays, *indices], operand_extents, inputs, strict=True)
         ]
         kept = jax.tree.leaves(replaced)  # a scan needs results of the same types
         out = [
             jax.reshard(x, jax.typeof(k).sharding)
-            for x, k in zip(mapped(mesh, inputs, outputs, part)(*given), kept, strict=True)
+            for x, k in zip(mapped(mesh, inputs, outputs, part)(*placed), kept, strict=True)
         ]
     elif sharding is not None:
         part, inputs, outputs = split(sharding.mesh, sharding.spec)
@@ -154,7 +153,7 @@ def per_shard(
     elif step.platform == "tpu":  # on several devices JAX raises and recommends shard_map
         out = _without_derivative(whole)(*arrays)
     else:
-        out = _partitioned(whole, split, u.ndim, roles, written)(*arrays, *indices)
+        out = _partitioned(whole, split, u.ndim, given, written)(*arrays, *indices)
     return jax.tree.unflatten(jax.tree.structure(replaced), out)
 
 
@@ -162,10 +161,10 @@ def _partitioned(
     whole: Callable[..., Any],
     split: Callable[..., Any],
     ndim: int,
-    roles: Sequence[Role],
-    written: Sequence[Role],
+    given: Sequence[Extent | None],
+    written: Sequence[Extent],
 ) -> Callable[..., Any]:
-    """Return `whole`, which the partitioner splits by `split`, except under vmap."""
+    """Return `whole`, partitioned as `split` specifies, except under vmap."""
 
     def unsplit(*arrays: jax.Array) -> Any:
         return whole(*arrays[:-ndim])
@@ -177,7 +176,7 @@ def _partitioned(
         return mesh, part, outputs, tuple(inputs)
 
     partitioned = custom_partitioning(unsplit)
-    partitioned.def_partition(partition, sharding_rule=_rule(ndim, roles, written))
+    partitioned.def_partition(partition, sharding_rule=_rule(ndim, given, written))
 
     @custom_vmap
     def batched(*arrays: jax.Array) -> Any:
@@ -206,23 +205,18 @@ def _without_derivative(function: Callable[..., Any]) -> Callable[..., Any]:
     return underived
 
 
-def _rule(ndim: int, roles: Sequence[Role], written: Sequence[Role]) -> str:
+def _rule(ndim: int, given: Sequence[Extent | None], written: Sequence[Extent]) -> str:
     """Return the sharding rule for `custom_partitioning`: equal names for equal axes."""
     axes = [f"i{k}" for k in range(ndim)]
 
-    def factors(k: int, role: Role) -> str:
-        scales = [*axes[:-1], f"s{k}"] if role is Role.SCALES else []
-        return " ".join({Role.LEAF: axes, Role.SCALES: scales, Role.REPLICATED: [f"o{k}"]}[role])
+    def factors(k: int, extent: Extent | None) -> str:
+        if extent is None:
+            return f"o{k}"
+        own = {ndim - 1} if extent.span > 1 else set(extent.reduced)
+        return " ".join(f"s{k}_{axis}" if axis in own else axes[axis] for axis in range(ndim))
 
-    given = [factors(k, role) for k, role in enumerate(roles)]
-    # operands and results have their scales in the same order
-    at = iter([k for k, role in enumerate(roles) if role is Role.SCALES])
-    results = [factors(next(at) if role is Role.SCALES else 0, role) for role in written]
-    return f"{', '.join([*given, *axes])} -> {', '.join(results)}"
-
-
-def _roles(tree: PyTree) -> list[Role]:
-    """Return the role of each array of a tree."""
-    stored = jax.tree.leaves(tree, is_leaf=is_quantized)
-    per_leaf = [(Role.LEAF, Role.SCALES) if is_quantized(x) else (Role.LEAF,) for x in stored]
-    return [role for each in per_leaf for role in each]
+    operands = [factors(k, extent) for k, extent in enumerate(given)]
+    # operands and results have scales and means in the same order
+    at = iter([k for k, extent in enumerate(given) if extent not in (None, Extent())])
+    results = [factors(0 if extent == Extent() else next(at), extent) for extent in written]
+    return f"{', '.join([*operands, *axes])} -> {', '.join(results)}"

@@ -1,4 +1,4 @@
-"""The step of a leaf: types of its operands, results, and part of the leaf."""
+"""The step of a leaf: types for its operands, its results, and a `Part`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_jax._util.typing import PyTree
-from adam_jax.storage._moments import BlockAbsmax, Stored, is_quantized
+from adam_jax.storage._moments import BlockAbsmax, Stored, is_lossy, is_quantized, is_reduced
 from adam_jax.storage._random_bits import Position, positions
 
 Means: TypeAlias = Sequence[jax.Array]
@@ -110,7 +110,7 @@ def mean_sizes(step: Step, operands: Operands) -> list[int]:
 def next_averaged(
     step: Step, operands: Operands, part: Part, known: Sequence[Means]
 ) -> Sequence[jax.Array]:
-    """Return the arrays in a step's first call of `mean` whose result isn't in `known`."""
+    """Return the arrays passed to a step's first call of `mean` without a known result."""
     calls: list[Sequence[jax.Array]] = []
 
     def mean(xs: Sequence[jax.Array]) -> Means:
@@ -128,8 +128,28 @@ def known_mean(means: Sequence[Means]) -> Callable[[Sequence[jax.Array]], Means]
     return lambda _: next(known)
 
 
-def spans(tree: PyTree) -> list[int]:
-    """Return the leaf columns per column of each array: the block size for scales, else 1."""
-    stored = jax.tree.leaves(tree, is_leaf=is_quantized)
-    per_leaf = [(1, x.elements_per_scale) if is_quantized(x) else (1,) for x in stored]
-    return [span for each in per_leaf for span in each]
+class Extent(NamedTuple):
+    """The axes of an array, compared to its leaf's."""
+
+    span: int = 1
+    """Leaf columns per array column: the block size for scales, else 1."""
+    reduced: tuple[int, ...] = ()
+    """The axes that have size 1 because the array holds means over them."""
+
+
+def extents(tree: PyTree, shape: Sequence[int]) -> list[Extent]:
+    """Return the extents of the arrays of a leaf of this shape, or of a part of one."""
+
+    def of(x: PyTree) -> list[Extent]:
+        if is_quantized(x):
+            return [Extent(), Extent(x.elements_per_scale)]
+        if is_reduced(x):
+            return [Extent(1, _reduced_axes(array.shape, shape)) for array in x]
+        return [Extent()]
+
+    return [extent for x in jax.tree.leaves(tree, is_leaf=is_lossy) for extent in of(x)]
+
+
+def _reduced_axes(shape: Sequence[int], leaf_shape: Sequence[int]) -> tuple[int, ...]:
+    pairs = enumerate(zip(shape, leaf_shape, strict=True))
+    return tuple(k for k, (size, n) in pairs if size != n)

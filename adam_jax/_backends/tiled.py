@@ -1,9 +1,9 @@
 """A loop over the tiles of a leaf that updates it in place: temporary buffers fit one tile.
 
-The direction replaces the gradient, or the new parameter the old one. Each tile is read and
-computed inside a `lax.cond`. Without this boundary, XLA fuses reads of one buffer past writes of
-another, and copies a whole buffer in each iteration. The loop carries bfloat16 results as bits,
-because XLA:CPU would convert the whole array to float32 and back for every tile.
+Directions overwrite gradients; new parameters overwrite old ones. Each tile is read and computed
+inside a `lax.cond`. Without this boundary, XLA fuses reads of one buffer into writes of another,
+and copies a whole buffer in each iteration. The loop carries bfloat16 results as bits, because
+XLA:CPU would convert the whole array to float32 and back for every tile.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from jax.sharding import NamedSharding
 from adam_jax._backends import unaligned, xla
 from adam_jax._backends.per_shard import Shard, per_shard
 from adam_jax._backends.step import (
+    Extent,
     Means,
     Operands,
     Part,
     Result,
     Step,
     complete,
+    extents,
     known_mean,
     mean_sizes,
     next_averaged,
-    spans,
 )
 from adam_jax._util.typing import PyTree
-from adam_jax.storage._moments import block_size
+from adam_jax.storage._moments import block_size, map_reduced
 from adam_jax.storage._random_bits import Position
 
 TILE = {"cpu": 2**17}
@@ -51,14 +52,16 @@ def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None)
 def _execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
     if shard.unaligned:
         return unaligned.execute_shard(step, operands, shard)
-    written = Result(step.aliased.of(operands), operands.moments)
-    # a row is one block of the largest size, at least 128: random bits hash one key per row
+    written = Result(step.aliased.of(operands), map_reduced(_zeros, operands.moments))
+    # a row is the largest block, but at least 128, because random bits cost a hash per row
     block = max([128, *(block_size(x) for moments in operands.moments for x in moments)])
     grid = _Grid.of(operands.update.shape, block, TILE.get(step.platform, LARGE_TILE))
     old_bits = _as_bits(written)
 
     def tile_operands(tile: _Tile, old: Result) -> tuple[Operands, Part]:
         output, moments = _as_given(tile.read(old), written)
+        # `old` has sums of the tiles so far in the place of reduced moments
+        moments = map_reduced(lambda _, x: tile.read(x), moments, operands.moments)
         u, g, p = (
             output if x is written.output else tile.read(x)
             for x in (operands.update, operands.grad, operands.param)
@@ -73,14 +76,15 @@ def _execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
     def add(tile: _Tile, sums: Sequence[jax.Array]) -> Sequence[jax.Array]:
         def new() -> Sequence[jax.Array]:
             xs = next_averaged(step, *tile_operands(tile, old_bits), means)
-            return [jnp.sum(x) for x in tile.owned(xs, jax.tree.map(jnp.zeros_like, xs))]
+            zeros = jax.tree.map(jnp.zeros_like, xs)
+            return [jnp.sum(x) for x in tile.owned(xs, zeros, like=xs)]
 
         return jax.tree.map(jnp.add, sums, tile.in_cond(new))
 
     def advance(tile: _Tile, old: Result) -> Result:
         def new() -> Result:
             new = complete(step, *tile_operands(tile, old))
-            return tile.owned(_as_bits(new), tile.read(old))
+            return tile.owned(_as_bits(new), tile.read(old), like=old)
 
         return tile.write(old, tile.in_cond(new))
 
@@ -136,7 +140,7 @@ class _Grid(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """Return the columns of a tile's rows: a block if blocks divide the width, else all."""
+        """Return the row length: a block if blocks divide the tile's width, else the width."""
         width = self.size if self.axis == len(self.shape) - 1 else self.shape[-1]
         return width if width % self.block else self.block
 
@@ -166,14 +170,17 @@ class _Tile(NamedTuple):
         )
         return self.i // grid.tiles_along, start
 
-    def _slices(self, block: int) -> tuple[list[Any], list[int]]:
-        """Return the tile's start and shape in an array with one column per `block`."""
+    def _slices(self, extent: Extent) -> tuple[list[Any], list[int]]:
+        """Return the tile's start and shape in an array of this extent."""
         grid = self.grid
         lead, start = self._lead_and_start()
         starts: list[Any] = [*jnp.unravel_index(lead, grid.shape[: grid.axis])] if grid.axis else []
         starts += [start] + [jnp.zeros_like(start)] * (len(grid.shape) - 1 - grid.axis)
         sizes = [1] * grid.axis + [grid.size, *grid.shape[grid.axis + 1 :]]
-        return [*starts[:-1], starts[-1] // block], [*sizes[:-1], -(-sizes[-1] // block)]
+        for axis in extent.reduced:
+            starts[axis], sizes[axis] = jnp.zeros_like(start), 1
+        starts, sizes = [*starts[:-1], starts[-1] // extent.span], sizes
+        return starts, [*sizes[:-1], -(-sizes[-1] // extent.span)]
 
     def in_cond(self, new: Callable[[], Any]) -> Any:
         """Return new(), computed in a `lax.cond` so that XLA doesn't copy buffers."""
@@ -181,49 +188,71 @@ class _Tile(NamedTuple):
         return jax.lax.cond(self.i < self.tiles, new, lambda: nothing)
 
     def read(self, tree: Any) -> Any:
+        """Return the tile's part of each array, viewed as rows; of means, one for each element."""
         rows = self._rows()
 
-        def part(block: int, x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice(x, *self._slices(block)).reshape(rows, -1)
+        def part(extent: Extent, x: jax.Array) -> jax.Array:
+            x = jax.lax.dynamic_slice(x, *self._slices(extent))
+            if extent.reduced:
+                x = jnp.broadcast_to(x, self._slices(Extent())[1])
+            return x.reshape(rows, -1)
 
-        return _map_spans(part, tree)
+        return self._map(part, tree, tree)
 
     def write(self, tree: Any, new: Any) -> Any:
-        def put(block: int, x: jax.Array, part: jax.Array) -> jax.Array:
-            starts, sizes = self._slices(block)
-            return jax.lax.dynamic_update_slice(x, part.reshape(sizes), starts)
+        """Write the tile's part of each array; to sums, add it."""
 
-        return _map_spans(put, tree, new)
+        def put(extent: Extent, x: jax.Array, part: jax.Array) -> jax.Array:
+            starts, sizes = self._slices(extent)
+            part = part.reshape(sizes)
+            if extent.reduced:
+                part = part + jax.lax.dynamic_slice(x, starts, sizes)
+            return jax.lax.dynamic_update_slice(x, part, starts)
 
-    def owned(self, new: Any, old: Any) -> Any:
-        """Select new for elements that belong to this tile, and old for a neighbor's."""
+        return self._map(put, tree, tree, new)
+
+    def owned(self, new: Any, old: Any, like: Any) -> Any:
+        """Return new where an element belongs to this tile, old where it belongs to a neighbor.
+
+        Moments that `like` has as sums are summed over the tile's own elements.
+        """
         grid = self.grid
         length = grid.shape[grid.axis]
-        if grid.size == grid.step and length % grid.step == 0:
-            return new
+        overlap = grid.size != grid.step or length % grid.step != 0
         first = self.i % grid.tiles_along * grid.step
-        last = jnp.where(
-            self.i % grid.tiles_along == grid.tiles_along - 1, length, first + grid.step
-        )
+        is_last = self.i % grid.tiles_along == grid.tiles_along - 1
+        last = jnp.where(is_last, length, first + grid.step)
 
-        def choose(block: int, n: jax.Array, o: jax.Array) -> jax.Array:
-            sizes = self._slices(block)[1]
+        def is_owned(span: int, shape: tuple[int, ...]) -> jax.Array:
+            sizes = self._slices(Extent(span))[1]
             at = jax.lax.broadcasted_iota(jnp.int32, sizes, grid.axis)
             if grid.axis == len(sizes) - 1:
-                at = at * block
-            at = (self._lead_and_start()[1] + at).reshape(n.shape)
-            return jnp.where((first <= at) & (at < last), n, o)
+                at = at * span
+            at = (self._lead_and_start()[1] + at).reshape(shape)
+            return (first <= at) & (at < last)
 
-        return _map_spans(choose, new, old)
+        def select(extent: Extent, n: jax.Array, o: jax.Array) -> jax.Array:
+            if not extent.reduced:
+                return jnp.where(is_owned(extent.span, n.shape), n, o) if overlap else n
+            n = jnp.where(is_owned(1, n.shape), n, 0) if overlap else n
+            return _sum(n.reshape(self._slices(Extent())[1]), extent.reduced)
+
+        return self._map(select, like, new, old)
+
+    def _map(self, f: Callable[..., jax.Array], like: PyTree, *trees: PyTree) -> PyTree:
+        """Return the tree of f(the extent of the array in `like`, the arrays in `trees`)."""
+        per_tree = map(jax.tree.leaves, trees)
+        found = extents(like, self.grid.shape)
+        return jax.tree.unflatten(jax.tree.structure(trees[0]), map(f, found, *per_tree))
 
     def _rows(self) -> int:
-        return math.prod(self._slices(1)[1]) // self.grid.lanes
+        return math.prod(self._slices(Extent())[1]) // self.grid.lanes
 
     def rows_and_columns(self) -> tuple[jax.Array, jax.Array]:
-        """Return where the matrix's rows start in the array: raveled rows, and columns."""
+        """Return where each row of the matrix starts: its raveled row, and its column."""
         grid = self.grid
         lead, start = self._lead_and_start()
-        rows_per_tile_row = self._slices(1)[1][-1] // grid.lanes
+        rows_per_tile_row = self._slices(Extent())[1][-1] // grid.lanes
         at = jax.lax.iota(jnp.int32, self._rows())[:, None]
         if grid.axis == len(grid.shape) - 1:
             return jnp.broadcast_to(lead, at.shape), start + at * grid.lanes
@@ -232,8 +261,15 @@ class _Tile(NamedTuple):
         return row, at % rows_per_tile_row * grid.lanes
 
 
-def _map_spans(f: Callable[..., jax.Array], tree: PyTree, *rest: PyTree) -> PyTree:
-    """Return the tree of f(span of an array, the array, …); see `spans`."""
-    arrays, structure = jax.tree.flatten(tree)
-    others = map(jax.tree.leaves, rest)
-    return structure.unflatten(map(f, spans(tree), arrays, *others))
+def _sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Sum over axes, as products with ones: XLA:CPU doesn't vectorize sums of float32."""
+    for axis in axes:
+        dims = (((axis,), (0,)), ((), ()))
+        ones = jnp.ones(x.shape[axis], x.dtype)
+        total = jax.lax.dot_general(x, ones, dims, precision=jax.lax.Precision.HIGHEST)
+        x = jnp.expand_dims(total, axis)
+    return x
+
+
+def _zeros(stored: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, stored)

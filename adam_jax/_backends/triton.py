@@ -8,7 +8,10 @@ from typing import Any
 import jax
 from jax.experimental.pallas import triton
 
-COMPILER = triton.CompilerParams(num_warps=4)
+
+def compiler(elements: int) -> triton.CompilerParams:
+    """Return the compiler's parameters for tiles of this many elements: 16 for each thread."""
+    return triton.CompilerParams(num_warps=max(4, elements // 512))
 
 
 def load(ref: Any, mask: Callable[[], jax.Array | None]) -> jax.Array:

@@ -22,18 +22,18 @@ from adam_jax._backends.step import (
     complete,
 )
 from adam_jax._util.typing import PyTree
-from adam_jax.storage._moments import any_quantized
+from adam_jax.storage._moments import any_lossy
 from adam_jax.storage._random_bits import positions
 
 
 def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run the step of the whole leaf at once.
 
-    On explicit axes, no reshape may split a sharded axis into blocks, so quantized state is updated
+    On explicit axes, no reshape may split a sharded axis into blocks, so lossy state is updated
     shard by shard.
     """
     axis_types = jax.typeof(operands.update).sharding.mesh.axis_types
-    if AxisType.Explicit in axis_types and any_quantized(operands.moments):
+    if AxisType.Explicit in axis_types and any_lossy(operands.moments):
         return per_shard(functools.partial(_execute_shard, step), step, operands, sharding)
     seeds = operands.seeds
     position = functools.partial(positions, operands.update.shape)

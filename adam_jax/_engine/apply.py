@@ -66,7 +66,7 @@ def step(
     *,
     emit_params: bool,
 ) -> tuple[PyTree, PyTree]:
-    """Step any transformation; return updates, but new parameters for each `SplitParam`.
+    """Step any transformation; return updates, or for a `SplitParam`, the new parameter.
 
     If `emit_params`, return new parameters for all leaves.
     """

@@ -1,4 +1,4 @@
-"""Lifts rules to pytrees, with the only loop over leaves.
+"""Lifts rules to pytrees, in the only loop over leaves.
 
 A `Link` is a rule with its hyperparameters. A `Chain` runs its links leaf by leaf in one pass: each
 link transforms the previous link's output. A step returns the update in the gradient's dtype, or
@@ -33,7 +33,7 @@ from adam_jax._util.numerics import Decay, decay_rate
 from adam_jax._util.partition_specs import known_shardings
 from adam_jax._util.paths import Key, is_box, keys, map_with_path, rebox, unbox
 from adam_jax._util.typing import KeyPath, Mask, Numeric, PyTree, ScalarOrSchedule
-from adam_jax.storage import MIN_SIZE, Quantized, Storage, _moments, _policy
+from adam_jax.storage import MIN_SIZE, Storage, _moments, _policy
 from adam_jax.storage._blockwise import QuantizedLeaf
 from adam_jax.storage._moments import Stored
 
@@ -126,7 +126,7 @@ def evaluate(hyperparams: Mapping[str, PyTree], count: jax.Array | None) -> dict
 def _scalar(name: str, value: jax.typing.ArrayLike | Decay) -> Scalar:
     if errors.is_decay_rate(name):
         return decay_rate(value)
-    # float64 on the host keeps all digits for float64 leaves; JAX casts it to float32 without x64
+    # float64 keeps all digits for float64 leaves; unless x64 is enabled, JAX casts it to float32
     return np.float64(value) if isinstance(value, (int, float)) else jnp.asarray(value)
 
 
@@ -134,7 +134,7 @@ def _scalar(name: str, value: jax.typing.ArrayLike | Decay) -> Scalar:
 class Chain:
     """Links that run on every leaf in sequence.
 
-    If `bare`, the chain has one link, and the link's state is its state. Otherwise, the state is a
+    If `bare`, the chain has one link, whose state is the chain's state. Otherwise, the state is a
     tuple with one state per link, as in `optax.chain`. Errors at init and update begin with `name`.
     """
 
@@ -146,7 +146,7 @@ class Chain:
     def transformation(self, text: str = "") -> Transformation:
         """Return an Optax transformation whose repr is `text`."""
         errors.choice("implementation", self.implementation, BACKENDS)
-        moments = [name for each in self.links for name in each.rule.moments]
+        moments = {k: m for each in self.links for k, m in each.rule.moments.items()}
         for each in self.links:
             _policy.check(each.storage, moments)
         named = errors.error_context(self.name)
@@ -158,7 +158,7 @@ class Chain:
             map_with_path(functools.partial(errors.leaf, "the parameter"), params)
         states = tuple(link.init(params) for link in self.links)
         for each, state in zip(self.links, states, strict=True):
-            _warn_if_nothing_is_quantized(self.name, each, state, params)
+            _warn_if_nothing_is_lossy(self.name, each, state, params)
         return states[0] if self.bare else states
 
     def step(
@@ -277,9 +277,8 @@ class Chain:
         u = float(u) if isinstance(u, int) else u
         for link, moments in zip(self.links, stored, strict=True):
             for (name, declared), x in zip(link.rule.moments.items(), moments, strict=True):
-                quantized = isinstance(x, QuantizedLeaf)
-                errors.moment(path, u, name, declared, x.codes if quantized else x)
-                if quantized:
+                errors.moment(path, u, name, declared, _moments.whole(x, np.shape(u)))
+                if isinstance(x, QuantizedLeaf):
                     errors.scales(path, name, x.codes, x.scales, _moments.block_size(x))
         readers = [stage[0] for stage in stages if stage and "p" in stage[0].inputs]
         errors.parameter(path, u, p.value if split else p, readers, emit_params)
@@ -323,7 +322,7 @@ class Tree:
         self.keys = keys(path for path, _ in boxed)
 
     def like(self, what: str, tree: PyTree) -> list[PyTree]:
-        """Return another tree's leaves in the order of these; all None if `tree` is None."""
+        """Return another tree's leaves in this tree's order; all None if `tree` is None."""
         return [unbox(x) for x in self._boxes(what, tree)]
 
     def with_leaves(self, leaves: Sequence[PyTree], like: PyTree = None) -> PyTree:
@@ -333,19 +332,21 @@ class Tree:
 
     def moment(self, moment: PyTree) -> list[Stored]:
         """Return the leaves of a moment, as stored."""
-        if not isinstance(moment, Quantized):
+        if not _moments.is_in_trees(moment):
             return self.like("state", moment)
-        codes, scales = self.like("state", moment.codes), self.like("state", moment.scales)
-        return list(map(_moments.stored_leaf, codes, scales))
+        shapes = [jnp.shape(u) for _, u in self.leaves]
+        arrays = zip(*(self.like("state", tree) for tree in moment), strict=True)
+        stored = functools.partial(_moments.stored_leaf, type(moment))
+        return [stored(*x, shape=shape) for x, shape in zip(arrays, shapes, strict=True)]
 
     def with_moment(self, leaves: Sequence[Stored], moment: PyTree) -> PyTree:
         """Return `moment` with new leaves."""
-        if not isinstance(moment, Quantized):
+        if not _moments.is_in_trees(moment):
             return self.with_leaves(leaves, moment)
-        scales = self.like("state", moment.scales)
-        scales = [getattr(x, "scales", s) for x, s in zip(leaves, scales, strict=True)]
-        codes = self.with_leaves(list(map(_moments.codes_or_values, leaves)), moment.codes)
-        return Quantized(codes, self.with_leaves(scales, moment.scales))
+        old = zip(*(self.like("state", tree) for tree in moment), strict=True)
+        arrays = [_moments.arrays_of(x, xs) for x, xs in zip(leaves, old, strict=True)]
+        trees = [self.with_leaves([x[k] for x in arrays], t) for k, t in enumerate(moment)]
+        return type(moment)(*trees)
 
     def _boxes(self, what: str, tree: PyTree) -> list[PyTree]:
         if tree is None:
@@ -371,7 +372,7 @@ class _StepScalars(NamedTuple):
         return cls(next(iter(counts.values()), None), operands, counts)
 
 
-def _warn_if_nothing_is_quantized(name: str, link: Link, state: State, params: PyTree) -> None:
+def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTree) -> None:
     """Warn if `storage` names a quantized format that fits no leaf.
 
     Under a mask, as in `groups`, don't warn: the format may fit a hidden leaf.
@@ -381,14 +382,14 @@ def _warn_if_nothing_is_quantized(name: str, link: Link, state: State, params: P
     if masked or _policy.is_function(link.storage):
         return
     moments = [getattr(state, moment) for moment in link.rule.moments]
-    asked = [m for m in moments if isinstance(m, Quantized)]
+    asked = [m for m in moments if _moments.is_in_trees(m)]
     stored = [x for moment in asked for x in _moments.leaves(moment).values()]
-    if stored and not any(map(_moments.is_quantized, stored)):
+    if stored and not any(map(_moments.is_lossy, stored)):
         warnings.warn(
             f"{name}: storage={_policy.describe_storage(link.storage)} must find a leaf to "
-            f"quantize (real, at least {MIN_SIZE} elements, last axis longer than 1), got none of "
-            f"{len(leaves)} leaves; omit storage, or pass a function that returns the format, "
-            f"storage=lambda path, leaf: ...",
+            f"quantize (real, at least {MIN_SIZE} elements, last axis longer than 1) or to reduce "
+            f"(two axes), but fits none of {len(leaves)} leaves; omit storage, or pass a function "
+            f"that returns the format, storage=lambda path, leaf: ...",
             stacklevel=4,
         )
 

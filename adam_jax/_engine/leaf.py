@@ -20,9 +20,10 @@ from adam_jax._util.declare import Option, Rule
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.typing import PyTree
 from adam_jax.storage import _moments
-from adam_jax.storage._blockwise import QuantizedLeaf
+from adam_jax.storage._blockwise import QuantizedLeaf, at_most
 from adam_jax.storage._moments import BlockAbsmax, Stored
 from adam_jax.storage._random_bits import random_bits
+from adam_jax.storage._reduced import means, normalize, sums
 
 Stages: TypeAlias = tuple[tuple[Rule, tuple[tuple[str, Option], ...]] | None, ...]
 """Rules with their options; None in place of a rule that a mask disables."""
@@ -69,7 +70,10 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
     step = LeafStep(stages, layout, emit_params, size, target_platform())
     if seeds is not None:
         operands = operands._replace(seeds=seeds.packed())
-    return execute_leaf(step, operands, sharding)
+    operands = operands._replace(moments=_moments.map_reduced(normalize, operands.moments))
+    output, moments = execute_leaf(step, operands, sharding)
+    as_means = functools.partial(means, shape=np.shape(operands.update))
+    return Result(output, _moments.map_reduced(as_means, moments))
 
 
 def target_platform() -> str:
@@ -79,8 +83,7 @@ def target_platform() -> str:
     absent machine. Next come `jax.default_device` and JAX's default backend. All three are part of
     `jax.jit`'s cache key.
 
-    The data may still be on another platform: on an accelerator's host, arguments may be on the
-    CPU.
+    Arguments may still be on another platform, e.g. on the CPU of an accelerator's host.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     device = device or jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
@@ -128,11 +131,13 @@ class LeafStep(NamedTuple):
         for (k, (rule, options)), old in zip(active, stored, strict=True):
             t, hyper = hyperparams[k]
             given = {name: t if name == "t" else inputs[name] for name in rule.inputs}
-            decoded = _decode(rule, old, hyper, dtype)
+            decoded = _decode(rule, old, hyper, dtype, u.shape)
             with _promotion(dtype):
                 new_u, *new = _apply(rule, u, decoded, **given, **hyper, **dict(options))
             draw = _no_bits if t is None else functools.partial(_draw, part, 2 + k)
-            encoders.append(functools.partial(_encode, rule, new, old, u, draw, part.block_absmax))
+            encoders.append(
+                functools.partial(_encode, rule, new, old, u, draw, part.block_absmax, self.size)
+            )
             u = new_u
 
         if self.emit_params:
@@ -180,22 +185,30 @@ def _encode(
     received: jax.Array,
     draw: Callable[[jax.Array | None, str], jax.Array | None],
     block_absmax: BlockAbsmax | None,
+    size: int,
     seeds: jax.Array | None,
 ) -> tuple[Stored, ...]:
     """Encode the new moments of one rule in the formats of its old moments.
 
+    A reduced moment is summed over the arrays' axes; `run_leaf` divides it.
+
     Only a gradient that isn't finite makes its block NaN. If the square of a finite gradient
     overflows, the largest finite number replaces Inf. A signed moment in the same blocks shows
-    whether the gradient is finite. Otherwise, the check costs three instructions per element.
+    whether the gradient is finite. Without one, this costs three instructions per element.
     """
     encoded: dict[str, Stored] = {}
     for (name, moment), x, stored in zip(rule.moments.items(), new, old, strict=True):
-        random = moment.average and _moments.needs_random_bits(stored)
+        random = not moment.round_down and _moments.needs_random_bits(stored)
         bits = draw(seeds, name) if random else None
         finite = None if moment.signed else _signed_in_same_blocks(rule, encoded, stored)
+        if _moments.is_reduced(stored):
+            # no sum overflows, and a gradient that isn't finite makes NaN
+            x = at_most(x, float(jnp.finfo(x.dtype).max) / size) + 0 * jnp.abs(received)
+            encoded[name] = sums(x, stored)
+            continue
         if _moments.is_quantized(stored) and not moment.signed and finite is None:
             x = _moments.finite(x) + 0 * received  # 0·Inf is NaN
-        options = {"average": moment.average, "saturate": finite is not None}
+        options = {"round_down": moment.round_down, "saturate": finite is not None}
         x = _moments.encode(x, stored, bits, block_absmax, **options)
         if finite is not None and _moments.is_quantized(x):
             x = _moments.with_nan_blocks(x, finite)
@@ -216,18 +229,20 @@ def _decode(
     stored: Sequence[Stored],
     hyperparams: Mapping[str, jax.Array],
     dtype: jax.typing.DTypeLike,
+    shape: tuple[int, ...],
 ) -> list[jax.Array]:
-    """Decode the moments of one leaf; clamp quantized moments to their lower bounds."""
+    """Decode the moments of one leaf; clamp lossy moments to their lower bounds."""
     real = jnp.finfo(dtype).dtype
     moments = [
         _moments.decode(x, dtype if moment.signed else real)
         for x, moment in zip(stored, rule.moments.values(), strict=True)
     ]
-    if not any(map(_moments.is_quantized, stored)):
+    if not any(map(_moments.is_lossy, stored)):
         return moments
+    moments = [jnp.broadcast_to(x, shape) for x in moments]
     bounds = rule.bounds(moments, hyperparams)
     return [
-        m if bound is None or not _moments.is_quantized(x) else jnp.where(bound > m, bound, m)
+        m if bound is None or not _moments.is_lossy(x) else jnp.where(bound > m, bound, m)
         for m, bound, x in zip(moments, bounds, stored, strict=True)
     ]
 

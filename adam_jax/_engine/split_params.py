@@ -83,7 +83,7 @@ def round_to_param(p: PyTree, new: jax.Array, random: jax.Array | None) -> PyTre
     dropped = 16 if p.residual is None else _dropped_bits(p.residual.dtype)
     if random is not None:  # round up with the probability that makes the mean exact
         below = (1 << dropped) - 1
-        drawn = (random >> (32 - dropped)).astype(jnp.int32)  # the high bits are independent
+        drawn = (random >> (32 - dropped)).astype(jnp.int32)  # the high bits are best mixed
         bits = jnp.where(jnp.isfinite(new), (bits + drawn) & ~below, bits)
     nearest = _float((bits + 0x8000) & ~0xFFFF)
     before = p.value.astype(jnp.float32)

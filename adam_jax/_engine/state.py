@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
-from adam_jax import storage
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.typing import KeyPath, PyTree
 from adam_jax.storage import _moments
@@ -53,7 +52,7 @@ _DEFAULTS: dict[tuple[str, ...], type[State]] = {
 
 
 def state_class(moments: tuple[str, ...], counted: bool) -> type[State]:
-    """Return a NamedTuple class with these moments and a step count, Optax's if it has one.
+    """Return Optax's NamedTuple class with these moments and a step count, or make one.
 
     Without moments, the state has a step count only if `counted`.
     """
@@ -95,7 +94,8 @@ def moments(state: PyTree) -> dict[str, PyTree]:
 
     Returns:
       a dict such as {"mu": tree, "nu": tree}. Each tree has the parameters' structure and shapes,
-      in float32 (float64 and complex leaves keep their dtype).
+      in float32 (float64 and complex leaves keep their dtype). A `storage.mean` has size 1 along
+      its axes.
 
     Raises:
       ValueError: the state has no moments, or several of one name (with the paths shown).
@@ -177,7 +177,7 @@ def _read(moment: PyTree) -> PyTree:
     """Decode a moment to a tree of arrays."""
 
     def read(stored: Stored) -> jax.Array:
-        return _moments.decode(stored, arithmetic_dtype(*_moments.dtypes(stored)))
+        return _moments.read(stored, arithmetic_dtype(*_moments.dtypes(stored)))
 
-    tree = moment.codes if isinstance(moment, storage.Quantized) else moment
+    tree = moment[0] if _moments.is_in_trees(moment) else moment
     return _moments.with_leaves(tree, [read(x) for x in _moments.leaves(moment).values()])

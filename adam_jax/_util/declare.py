@@ -24,23 +24,32 @@ class Moment(NamedTuple):
     signed: bool
     start: float | str = 0.0
     average: bool = True
-    """Whether it is an average. Stochastic rounding would bias a maximum, which keeps every value
-    that was rounded up."""
+    """Whether it is an exponential average, so that the mean over an axis is an average, too."""
+    round_down: bool = False
+    """Whether quantized storage rounds it down. Stochastic rounding would bias a maximum, which
+    keeps every value that was rounded up."""
     bound: Callable[..., Any] | None = None
     """A function that returns a lower bound; see `at_least`."""
+    bounds_step: bool = False
+    """Whether the lower bound limits the step; see `at_least`."""
 
     def starting_at(self, start: float | str) -> Moment:
         """Return the moment, starting at a number or at the named hyperparameter."""
         return self._replace(start=start)
 
-    def at_least(self, bound: Callable[..., Any]) -> Moment:
-        """Return the moment, clamped to at least `bound(…)` when read from quantized storage.
+    def at_least(self, bound: Callable[..., Any], *, bounds_step: bool = False) -> Moment:
+        """Return the moment, clamped to at least `bound(…)` when read from lossy storage.
 
         The arguments of `bound` are named after moments and hyperparameters of the rule. The bound
-        must hold for exact moments. Quantization may break it, which makes steps larger than any
+        must hold for exact moments. Lossy storage may break it, which makes steps larger than any
         step of the exact rule.
+
+        Args:
+          bound: a function of moments and hyperparameters.
+          bounds_step: whether the clamped moment limits the step however wrong its stored value
+            is. If so, storage="compact" factors the moment.
         """
-        return self._replace(bound=bound)
+        return self._replace(bound=bound, bounds_step=bounds_step)
 
 
 signed: Moment = Moment(signed=True)
@@ -49,8 +58,12 @@ signed: Moment = Moment(signed=True)
 positive: Moment = Moment(signed=False)
 """A moment that is never negative, such as an average of squared gradients."""
 
-running_max: Moment = Moment(signed=False, average=False)
+running_max: Moment = Moment(signed=False, average=False, round_down=True)
 """A running maximum, which is never negative. Quantized storage rounds it down."""
+
+decaying_max: Moment = Moment(signed=False, average=False)
+"""A maximum that decays, such as AdaMax's norm. Quantized storage rounds it like an average,
+because rounding down would lower it by one code at every step."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,9 +123,9 @@ def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
     leaf's shape.
 
     Args:
-      **moments: `signed`, `positive`, or `running_max`, each by the name of a field in the
-        optimizer's state. `.starting_at(…)` sets a start other than 0, and `.at_least(…)` sets a
-        lower bound for quantized storage.
+      **moments: `signed`, `positive`, or `running_max`, keyed by the name of the state's field.
+        `.starting_at(…)` sets a start other than 0, and `.at_least(…)` sets a lower bound for
+        quantized storage.
 
     Raises:
       TypeError: the function's arguments aren't the gradient and the declared moments in order.
@@ -137,8 +150,8 @@ def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
         for name, moment in moments.items():
             if not isinstance(moment, Moment) or name == "count" or name.startswith("_"):
                 raise TypeError(
-                    f"rule {step.__name__}: {name} must be a moment, got {moment!r}; declare it as "
-                    f"signed or positive, with a name other than count or _name"
+                    f"rule {step.__name__}: {name} must be a moment, got {moment!r}; declare it "
+                    f"signed or positive; its name can't be count or begin with _"
                 )
         if positional[1:] != list(moments):
             raise TypeError(

@@ -144,7 +144,7 @@ def no_schedule(caller: str, function: Any) -> PyTree:
         if len(args) == 1:
             raise TypeError(
                 f"{caller}: storage must be called with a path and a leaf, got a step count: "
-                f"optax.inject_hyperparams takes functions for schedules; name it in static_args, "
+                f"optax.inject_hyperparams treats functions as schedules; name it in static_args, "
                 f"optax.inject_hyperparams({caller}, static_args=('storage',))"
             )
         return function(*args)
@@ -192,7 +192,7 @@ def transformation(name: str, value: Any, usage: str) -> None:
     got, fix = _shown(value), f"call {usage}"
     if isinstance(value, (list, tuple)) and any(map(is_transformation, value)):
         fix = "pass its elements as separate arguments, e.g. adam_jax.chain(clip, adamw)"
-    elif hasattr(value, "__name__"):  # not every callable: a model may be one, too
+    elif hasattr(value, "__name__"):  # models are callable, but have no __name__
         fix = f"call it first, e.g. {name_of(value)}(1e-3)"
     raise type_error(f"{name} must be an Optax transformation, got {got}; {fix}")
 
@@ -214,7 +214,7 @@ def mapping(name: str, value: Any, usage: str) -> None:
 
 
 def torch_state(value: Any) -> None:
-    """Check for the two keys of a PyTorch optimizer's state dict, which a model's lacks."""
+    """Check for two keys that a PyTorch optimizer's state dict has, but not a model's."""
     if not (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()):
         raise type_error(
             f"state_dict must be a mapping with 'state' and 'param_groups', got "
@@ -318,7 +318,7 @@ def moment(path: KeyPath, gradient: PyTree, name: str, declared: Moment, stored:
     if declared.signed and jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(stored):
         raise value_error(
             f"{_at(f'{name} of the complex leaf', path)} must have a complex dtype, got "
-            f"{stored.dtype}, which drops the imaginary part; leave its dtype out"
+            f"{stored.dtype}, which drops the imaginary part; don't set its dtype"
         )
 
 
@@ -344,7 +344,7 @@ def parameter(
         if rules and "weight_decay" in rules[0].hyperparams:
             needy = "weight_decay"
         raise value_error(
-            f"{needy} needs the parameters, and {_at('the gradient of', path)} has none; "
+            f"{needy} needs the parameters, got none for {_at('the gradient of', path)}; "
             f"call update(gradients, state, params)"
         )
     _equal_shapes(path, gradient, "parameter", p)
@@ -450,19 +450,18 @@ def one_mask(mask: PyTree, weight_decay_mask: PyTree) -> PyTree:
 
 
 def only_eps(eps_root: PyTree, nesterov: bool) -> None:
-    # An array passes: inject_hyperparams turns the default 0 into one.
+    # Arrays pass: inject_hyperparams makes the default 0 an array.
     if nesterov or callable(eps_root) or (isinstance(eps_root, NUMBERS) and eps_root != 0):
         raise value_error(
             f"eps_hat=True takes neither eps_root nor nesterov, got eps_root={eps_root}, "
-            f"nesterov={nesterov}; leave out either them or eps_hat"
+            f"nesterov={nesterov}; leave out eps_hat or the others"
         )
 
 
 def finished(wrapper: str, text: str) -> None:
     raise ValueError(
-        f"{wrapper}: tx must be a direction, whose updates point along the gradient, got {text}, "
-        f"an optimizer, whose updates point against it: training would freeze; wrap the "
-        f"direction instead: "
+        f"{wrapper}: tx must be a direction, whose updates point along the gradient, got an "
+        f"optimizer, {text}, whose updates point against it; wrap the direction instead: "
         f"optax.chain({wrapper}(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))"
         + (", or give the constructor cautious=True" if wrapper == "cautious" else "")
     )
@@ -470,7 +469,7 @@ def finished(wrapper: str, text: str) -> None:
 
 def not_one(caller: str, what: str, found: int) -> None:
     raise ValueError(
-        f"{caller}: state must hold 1 of the {what}, got {found}; pass the state of one optimizer"
+        f"{caller}: state must have one {what}, got {found}; pass the state of one optimizer"
     )
 
 

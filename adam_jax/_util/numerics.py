@@ -158,7 +158,7 @@ def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
 def averaging_length(b: Decay | Numeric, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return RAdam's ρ_t and ρ_∞: how many values an `ema` averages at step t and as t → ∞.
 
-    By definition, ρ_∞ = 2/(1-b) - 1 and ρ_t = ρ_∞ - 2t·b^t/(1-b^t), which cancel as b approaches 1.
+    By definition, ρ_∞ = 2/(1-b) - 1 and ρ_t = ρ_∞ - 2t·b^t/(1-b^t), whose terms cancel near b = 1.
     With y = -t·log(b)/2 and L(y) = coth(y) - 1/y, ρ_t is t·(1 - L(y)) + L(y/t), which is accurate.
     """
     b = decay_rate(b)

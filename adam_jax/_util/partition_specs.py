@@ -28,8 +28,8 @@ known_shardings = contextvars.ContextVar("known_shardings", default={})  # noqa:
 def making_known(shardings: Mapping[Key, NamedSharding]) -> Generator[None, None, None]:
     """Make the shardings of leaves known to inner steps.
 
-    On automatic mesh axes, a traced array doesn't have its sharding, and any transformation may be
-    in between. So the wrapper that chooses the shardings passes them by the leaves' keys.
+    On automatic mesh axes, a traced array has no sharding, and the transformations in between can't
+    pass one. So the wrapper that chooses the shardings passes them by the leaves' keys.
     """
     token = known_shardings.set(shardings)
     try:

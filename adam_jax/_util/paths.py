@@ -126,7 +126,7 @@ def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[
         nonlocal warned
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_hidden)
         paths = [path_string(path) for path, _ in leaves]
-        # a MaskedNode may hide a match, and a single leaf leaves no choice
+        # a MaskedNode may hide a match, and one leaf needs no selection
         hidden = any(isinstance(leaf, optax.MaskedNode) for _, leaf in leaves)
         if hidden or len(paths) < 2 or any(map(found, paths)):
             return

@@ -303,7 +303,7 @@ def _learning_rates(rates: Sequence[float]) -> tuple[float, ...]:
             f"for a single one, write [0.001]"
         ) from None
     if not found or not all(0 < rate < math.inf for rate in found):
-        raise ValueError(f"compare: learning_rates must be one number > 0 or more, got {rates!r}")
+        raise ValueError(f"compare: learning_rates must be 1 or more numbers > 0, got {rates!r}")
     return found
 
 

@@ -77,8 +77,8 @@ def record(
     For each group, it records the norm of the gradient that `tx` receives (before clipping), the
     norm of the update divided by the norm of the weights, and, if the state has mu and nu, a
     histogram of |m̂|/√v̂. This ratio is near 1 if gradients agree from step to step, and near 0 if
-    they are noise. For each group of `tx` (`adam_jax.groups`, or all), it records the learning
-    rate. It doesn't change the updates.
+    they are noise. It records the learning rate of each of `adam_jax.groups`, or of the whole `tx`.
+    It doesn't change the updates.
 
     It reads the learning rate, b1, and b2 from adam_jax transformations, and from states that
     contain them (`tunable`, `optax.inject_hyperparams`). For other optimizers, it records no
@@ -212,7 +212,7 @@ def _sums(groups: Groups, values: Leaves, *shape: int) -> dict[str, jax.Array]:
 
 @jax.jit
 def _counts(mu: Stored, nu: Stored, scale: jax.Array) -> jax.Array:
-    """Return the number of elements, the number above each edge of |m̂|/√v̂, and 0."""
+    """Return the element count, the counts above each edge of |m̂|/√v̂, and a 0."""
     m, v = _decoded(mu), _decoded(nu)
     square = abs_sq(m) * scale.astype(v.dtype)
     above = [(square > v * edge**2).astype(jnp.int32) for edge in EDGES.tolist()]
@@ -396,17 +396,17 @@ def _by_leaf(state: PyTree) -> dict[tuple[str, str, int], Stored]:
 
 
 def _decoded(stored: Stored) -> jax.Array:
-    return _moments.decode(stored, arithmetic_dtype(*_moments.dtypes(stored)))
+    return _moments.read(stored, arithmetic_dtype(*_moments.dtypes(stored)))
 
 
 def _errors(stored: Stored, exact: Stored | None) -> tuple[str, float | None, float, float]:
     x = _decoded(stored)
     error = None
     if exact is not None:
-        right = _moments.decode(exact, x.dtype)
+        right = _moments.read(exact, x.dtype)
         square = jnp.mean(abs_sq(right))
         error = float(jnp.sqrt(jnp.mean(abs_sq(x - right)) / jnp.where(square > 0, square, 1)))
-    codes = _moments.codes_or_values(stored)
+    codes = _moments.first_array(stored)
     ends = 0.0
     code = code_of(codes.dtype)
     if code is not None:

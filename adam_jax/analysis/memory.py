@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from adam_jax import storage
 from adam_jax._engine.state import named_tuples, stored_moments
 from adam_jax._util import errors
 from adam_jax._util.paths import leaves_with_path, path_string
@@ -38,11 +37,11 @@ class MemoryReport:
     """The result of `memory_report`; print it for the table.
 
     Attributes:
-      rows: parameters, gradients, each moment, the bits below bfloat16 parameters, and the rest of
-        the state, in bytes.
+      rows: parameters, gradients, each moment, bfloat16 parameters' residuals, and the rest of the
+        state, in bytes.
       parameters: the number of trained parameters.
-      uncoded: the number of unquantized leaves in a quantized moment, and of all its leaves; None
-        if no moment is quantized.
+      uncoded: (leaves kept as they are, all leaves) of a quantized or reduced moment; None if
+        there is none.
       whole: the paths and bytes of replicated leaves of the state, the largest first; empty if
         nothing is sharded.
     """
@@ -79,8 +78,8 @@ class MemoryReport:
         float32 = 16 * count
         lines = [
             text_table(table, columns),
-            f"float32 parameters, gradients and AdamW: {float32 / 1e6:,.3f} MB; "
-            f"this is {self.total_bytes / float32:.0%} of it",
+            f"{self.total_bytes / float32:.0%} of the {float32 / 1e6:,.3f} MB for float32 "
+            f"parameters, gradients, and AdamW",
         ]
         if self.uncoded:
             lines.append("{} of {} leaves kept float32".format(*self.uncoded))
@@ -122,8 +121,8 @@ def memory_report(tx: optax.GradientTransformation, params: PyTree) -> MemoryRep
         state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
     moments = list(stored_moments(state))
     coded = [
-        (sum(not _moments.is_quantized(x) for x in leaves), len(leaves))
-        for leaves in (_moments.leaves(m).values() for _, m in moments if _is_in_blocks(m))
+        (sum(not _moments.is_lossy(x) for x in leaves), len(leaves))
+        for leaves in (_moments.leaves(m).values() for _, m in moments if _moments.is_in_trees(m))
     ]
     below = [s.rest for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
     of_state = [_row(*moment) for moment in moments] + [_row("bits below", x) for x in below]
@@ -151,10 +150,16 @@ def _replicated(state: PyTree) -> list[tuple[str, int]]:
 
 
 def _row(part: str, tree: PyTree) -> Row:
-    """Return a row with the dtypes of a tree (without scales) and its bytes."""
-    values = tree.codes if _is_in_blocks(tree) else tree
-    dtypes = {str(jnp.result_type(x)) for x in jax.tree.leaves(values)}
-    return Row(part, ", ".join(sorted(dtypes, key=len)), *_bytes(tree))
+    """Return a row with the formats of a tree (without scales) and its bytes."""
+    formats = {_format(x) for x in _moments.leaves(tree).values()}
+    return Row(part, ", ".join(sorted(formats, key=len)), *_bytes(tree))
+
+
+def _format(stored: _moments.Stored) -> str:
+    """Return the dtype of a leaf of a moment or of parameters, or how it is reduced."""
+    if _moments.is_reduced(stored):
+        return "factored" if len(stored) == 2 else "mean"
+    return str(jnp.result_type(stored[0] if _moments.is_quantized(stored) else stored))
 
 
 def _bytes(tree: PyTree) -> tuple[int, int]:
@@ -165,10 +170,6 @@ def _bytes(tree: PyTree) -> tuple[int, int]:
         whole += math.prod(shape) * size
         local += math.prod(x.sharding.shard_shape(shape) if _is_sharded(x) else shape) * size
     return whole, local
-
-
-def _is_in_blocks(moment: PyTree) -> bool:
-    return isinstance(moment, storage.Quantized)
 
 
 def _is_sharded(x: PyTree) -> bool:

@@ -116,9 +116,9 @@ def compare_options(add: AddArgument) -> None:
     names = one_of(constructors())
     add("names", nargs="+", type=names, metavar="NAME", help="as shown by `list`")
     add("--task", choices=tasks.TASKS, default="digits", help=known)
-    add("--steps", type=COUNT, metavar="N", help="per run; None for the task's")
-    add("--learning-rates", type=POSITIVE, nargs="+", metavar="X", help="None for the task's")
-    add("--seeds", type=COUNT, metavar="N", help="the number of seeds; None for the task's")
+    add("--steps", type=COUNT, metavar="N", help="per run; None: task default")
+    add("--learning-rates", type=POSITIVE, nargs="+", metavar="X", help="None: task default")
+    add("--seeds", type=COUNT, metavar="N", help="the number of seeds; None: task default")
     add("--plot", type=picture, default="adam_jax_compare.png", metavar="PATH", help="the picture")
 
 

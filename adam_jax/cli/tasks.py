@@ -17,7 +17,7 @@ CONTEXT = 64
 WIDTH = 64
 HEADS = 4
 LAYERS = 2
-FIRST, LAST = 31, 126  # codes from space to tilde, and one below for other characters
+FIRST, LAST = 31, 126  # codes from space to tilde; FIRST, one below, is for others
 
 
 class Task(NamedTuple):

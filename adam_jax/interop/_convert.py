@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adam_jax._engine import split_params
@@ -57,10 +58,10 @@ def convert_state(state: PyTree, tx: optax.GradientTransformation, params: optax
         wanted = {_kind(s) for _, s in named_tuples(fresh)}
         donors: dict[Kind, list[PyTree]] = {}
         for _, s in named_tuples(state):
-            s = _recentered(s, wanted)
+            s = _recentered(_from_adafactor(s, wanted, params), wanted)
             donors.setdefault(_kind(s), []).append(s)
         declared = [moment for _, link in links_of(tx) for moment in link.rule.moments.items()]
-        maxima = {name for name, moment in declared if not moment.average}
+        maxima = {name for name, moment in declared if moment.round_down}
         converted = _convert(fresh, donors, _first_count(state), maxima)
         unused = [sorted(kind) for kind, s in donors.items() if s and isinstance(kind, frozenset)]
         if unused:
@@ -70,6 +71,27 @@ def convert_state(state: PyTree, tx: optax.GradientTransformation, params: optax
 
 def _kind(state: PyTree) -> Kind:
     return frozenset(moment_fields(state)) or type(state)
+
+
+def _from_adafactor(state: PyTree, wanted: Collection[Kind], params: optax.Params) -> PyTree:
+    """Convert the state of Optax's Adafactor to Adam's or RMSprop's; it has no mu.
+
+    Its averages need no bias correction, and are copied as they are.
+    """
+    if not isinstance(state, optax.FactoredState):
+        return state
+
+    def nu(p: jax.Array, row: jax.Array, column: jax.Array, full: jax.Array) -> jax.Array:
+        if full.shape == p.shape:
+            return full
+        *_, d1, d0 = np.argsort(p.shape)  # row is the mean over d0, column over d1
+        row, column = jnp.expand_dims(row, d0), jnp.expand_dims(column, d1)
+        return row / jnp.mean(row, axis=d1, keepdims=True) * column
+
+    moments = {"nu": jax.tree.map(nu, params, state.v_row, state.v_col, state.v)}
+    if frozenset({"mu", "nu"}) in wanted:
+        moments = {"mu": jax.tree.map(jnp.zeros_like, params), **moments}
+    return state_class(tuple(moments), True)(count=state.count, **moments)
 
 
 def _recentered(state: PyTree, wanted: Collection[Kind]) -> PyTree:
@@ -91,9 +113,9 @@ def _convert(
     count: jax.Array | None,
     maxima: Collection[str],
 ) -> PyTree:
-    """Fill a fresh state, or a container of states, with the donors' values.
+    """Fill a fresh state, or a container of them, with values from `donors`.
 
-    `maxima` names the moments that are not averages.
+    `maxima` names the moments that are rounded down.
     """
 
     def convert(fresh: PyTree) -> PyTree:
@@ -111,7 +133,7 @@ def _convert(
             given = getattr(donor, name) if name in getattr(donor, "_fields", ()) else None
             copied = given is not None and name not in COUNTS and not named_tuples(old)
             if name in fields or copied:
-                new[name] = _moment(name, given, old, name not in maxima)
+                new[name] = _moment(name, given, old, name in maxima)
             elif name in COUNTS:
                 given = count if given is None else jax.tree.leaves(given)[0]
                 new[name] = old if given is None else jnp.asarray(given, old.dtype)
@@ -122,7 +144,7 @@ def _convert(
     return jax.tree.map(convert, node, is_leaf=lambda x: hasattr(x, "_fields"))
 
 
-def _moment(name: str, given: PyTree, old: PyTree, average: bool) -> PyTree:
+def _moment(name: str, given: PyTree, old: PyTree, round_down: bool) -> PyTree:
     """Encode the values of `given` in the formats of `old`."""
     given_leaves, old_leaves = _moments.leaves(given), _moments.leaves(old)
     if given_leaves.keys() != old_leaves.keys():
@@ -137,22 +159,23 @@ def _moment(name: str, given: PyTree, old: PyTree, average: bool) -> PyTree:
             [[name]], f"whose parameters differ: missing {missing}, unexpected {extra}"
         )
     for key, x in old_leaves.items():
-        got, shape = (
-            jnp.shape(_moments.codes_or_values(stored)) for stored in (given_leaves[key], x)
-        )
+        shape = jnp.shape(_moments.whole(x, _moments.shape_of(given_leaves[key])))
+        got = jnp.shape(_moments.whole(given_leaves[key], shape))
         if got != shape:
             errors.not_convertible([[name]], f"whose {key[0]!r} has shape {got}, but {shape} in tx")
-    new = [_recode(name, average, given_leaves[key], x) for key, x in old_leaves.items()]
+    new = [_recode(name, round_down, given_leaves[key], x) for key, x in old_leaves.items()]
     return _moments.with_leaves(old, new)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _recode(name: str, average: bool, x: PyTree, like: PyTree) -> PyTree:
+def _recode(name: str, round_down: bool, x: PyTree, like: PyTree) -> PyTree:
     stored_dtype = getattr(like, "dtype", jnp.float32)
     if name == "rest" and jnp.issubdtype(stored_dtype, jnp.integer):  # master weights' residual
         return split_params.residual_as(x, like.dtype)
     dtype = arithmetic_dtype(*_moments.dtypes((x, like)))
-    return _moments.encode(_moments.decode(x, dtype), like, None, average=average)
+    values = _moments.read(x, dtype)
+    shape = jnp.broadcast_shapes(values.shape, _moments.shape_of(like))
+    return _moments.encode(jnp.broadcast_to(values, shape), like, None, round_down=round_down)
 
 
 def _first_count(state: PyTree) -> jax.Array | None:

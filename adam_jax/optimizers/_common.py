@@ -38,8 +38,8 @@ def descend(
 ) -> Chain:
     """Return the chain of a direction, weight decay, and a learning rate.
 
-    `scale` transforms the direction after weight decay, and `momentum` the step. With weight decay
-    or `cautious`, momentum directly follows the direction, so that it averages neither.
+    `scale` comes after weight decay; `momentum` comes after the learning rate. With weight decay or
+    `cautious`, `momentum` comes right after the direction, so it averages only that.
     """
     del storage  # already used by `direction`
     mask = errors.one_mask(mask, weight_decay_mask)

@@ -244,7 +244,7 @@ def _ranges(make: Callable[..., Any]) -> dict[str, Range]:
 
 
 def _text(name: str, bound: inspect.BoundArguments) -> str:
-    """Return the repr: a call with its floats and other non-default arguments."""
+    """Return the repr: a call with all floats and all non-default arguments."""
     parameters = bound.signature.parameters
     shown = {
         k: describe_storage(v) if k == "storage" else v

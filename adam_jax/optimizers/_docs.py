@@ -12,7 +12,7 @@ ARGUMENTS = {
     "eps": "≥ 0, added to the square root.",
     "eps_root": "≥ 0, added inside the square root.",
     "mu_dtype": 'the dtype of mu; equivalent to storage={"mu": dtype}.',
-    "weight_decay": "λ ≥ 0, or a schedule; None for none.",
+    "weight_decay": "λ ≥ 0, a schedule, or None (off).",
     "mask": "Optax's name for weight_decay_mask.",
     "weight_decay_mask": "the leaves to decay: a tree of bools, or e.g. `not_matching('bias')`.",
     "weight_decay_form": "how weight decay is applied, 'decoupled' by default; see `from_rule`.",

@@ -68,7 +68,7 @@ def amsgrad(
       bias_correction_mu: whether to bias-correct mu.
       bias_correction_nu: whether to bias-correct nu.
       max_of: "corrected": the maximum of the bias-corrected nu (Optax); "raw": the maximum of nu,
-        corrected afterwards (PyTorch, Keras; the paper's if both corrections are off).
+        corrected afterwards (PyTorch, Keras; without corrections, the paper).
 
     >>> tx = amsgrad(1e-3, max_of="raw")  # torch.optim.Adam(amsgrad=True)
     """

@@ -72,8 +72,8 @@ def nadam(
 
     Args:
       nesterov: False gives `adam`, as in Optax.
-      momentum_decay: None for a constant momentum, as in Optax; d ≥ 0 for
-        b1·(1 - ½·0.96^(t·d)); d is 0.004 in PyTorch and 1.0 in Keras.
+      momentum_decay: None for a constant momentum, as in Optax, or d ≥ 0 (0.004 in
+        PyTorch, 1.0 in Keras) for b1·(1 - ½·0.96^(t·d)).
 
     >>> nadam(1e-3, momentum_decay=0.004)  # torch.optim.NAdam
     nadam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, \
@@ -118,8 +118,8 @@ def nadamw(
 
     Args:
       nesterov: False gives `adamw`, as in Optax.
-      momentum_decay: None for a constant momentum, as in Optax; d ≥ 0 for
-        b1·(1 - ½·0.96^(t·d)); d is 0.004 in PyTorch and 1.0 in Keras.
+      momentum_decay: None for a constant momentum, as in Optax, or d ≥ 0 (0.004 in
+        PyTorch, 1.0 in Keras) for b1·(1 - ½·0.96^(t·d)).
 
     >>> tx = nadamw(1e-3, weight_decay=0.05)
     """

@@ -18,7 +18,7 @@ from adam_jax._util import errors
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.typing import DecayRate, DType, NonNegative, Numeric, PyTree, ScalarOrSchedule
 from adam_jax.optimizers._constructor import Options, optimizer
-from adam_jax.storage import Quantized
+from adam_jax.storage._moments import is_in_trees
 from adam_jax.storage._policy import unquantized, with_dtype
 
 __all__ = ["schedule_free_adamw", "schedule_free_eval_params"]
@@ -55,7 +55,7 @@ def schedule_free_adamw(
     weight_lr_power. The trained parameters are y = (1 - b1)·z + b1·x. Evaluate at x, from
     `schedule_free_eval_params`. No schedule is needed except for a warmup.
     Source: Defazio et al. (2024), The Road Less Scheduled, and the authors' code. The state is
-    Optax's. In Optax, the warmup of the step, not of the average's weight, is one step late.
+    Optax's. In Optax, the warmup is one step late in z, but not in x's weights.
 
     Args:
       learning_rate: η ≥ 0 after the warmup, or a schedule of the step count.
@@ -102,15 +102,15 @@ def schedule_free_adamw(
             rise = jnp.minimum((count + 1).astype(dtype) / max(warmup_steps, 1), 1)
         return jnp.asarray(rate, dtype) * rise
 
-    # makes bad arguments raise here, and exposes the learning rate
+    # raises for bad arguments; `record` reads the learning rate
     rate: PyTree = warmed_up if scheduled else learning_rate
     checked = chain(rate, 0.0)
 
     def init(params: optax.Params) -> PyTree:
         states: PyTree = chain(0.0, 0.0).init(params)
         *base, iterate = states
-        without_leaves = isinstance(iterate.z, Quantized)  # if z has leaves, it isn't quantized
-        z = iterate.z.codes if without_leaves else iterate.z
+        without_leaves = is_in_trees(iterate.z)  # z is in trees only without leaves
+        z = iterate.z[0] if without_leaves else iterate.z
         z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), z, params)
         dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves(z))).type(0).real.dtype
         return optax.contrib.ScheduleFreeState(
@@ -169,7 +169,7 @@ def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> op
         s for _, s in named_tuples(state) if isinstance(s, optax.contrib.ScheduleFreeState)
     ]
     if len(found) != 1:
-        errors.not_one("schedule_free_eval_params", "Schedule-Free states", len(found))
+        errors.not_one("schedule_free_eval_params", "Schedule-Free state", len(found))
     b1 = found[0].b1
 
     def average(y: PyTree, z: jax.Array) -> jax.Array:

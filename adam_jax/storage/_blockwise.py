@@ -90,7 +90,7 @@ def encode(
     down: bool = False,
     saturate: bool = False,
 ) -> QuantizedLeaf:
-    """Encode x, each block's largest magnitude exactly; an Inf or NaN makes its block NaN.
+    """Encode x, keeping block maxima exact; an Inf or NaN makes its block NaN.
 
     `block_absmax` computes each block's largest magnitude if x has only parts of blocks. `down`
     rounds everything down if the code can. `saturate` replaces an Inf scale by the largest finite
@@ -102,11 +102,11 @@ def encode(
     if saturate:
         block_max = jnp.where(block_max == jnp.inf, jnp.finfo(block_max.dtype).max, block_max)
     round_down = code.round_down if down else None
-    # coarse scales seldom change; under an equal scale, a value rounded down once stays the same
+    # coarse scales seldom change; while they don't, rounding down a second time changes nothing
     scales = _round_up_scale(block_max) if round_down else block_max
     scales = jnp.where(jnp.isfinite(block_max), scales, jnp.nan)
-    # slightly above 1, so that rounding can't keep the block maximum from mapping to exactly 1; in
-    # two factors, because 1/scale can underflow or overflow
+    # slightly above 1/scale, so that block maxima map to exactly 1 despite rounding; in two
+    # factors, because 1/scale can underflow or overflow
     factor = jnp.where(scales > 1, 2.0**-63, 2.0**63).astype(jnp.float32)
     inverse = jnp.where(scales > 0, (1 + 2.0**-22) / (scales * factor), 0)
     y = x * _per_element(factor, block, n) * _per_element(inverse, block, n)
@@ -129,7 +129,7 @@ def absmax(magnitudes: jax.Array, block: int) -> jax.Array:
     """Return the maximum of each block of magnitudes."""
     maxima = _bits(split_blocks(magnitudes, block))
     # compare halves, so that XLA:CPU runs one loop of whole vectors; comparing 16 with the next 16
-    # would fuse the computation of x, but codes and scales must read x from one array
+    # would fuse x into it, but codes and scales must read x from one array
     while maxima.shape[-1] > 16:
         half = maxima.shape[-1] // 2
         maxima = jnp.maximum(maxima[..., :half], maxima[..., half:])
@@ -151,7 +151,7 @@ def _round_up_scale(x: jax.Array) -> jax.Array:
 
 
 def _magnitudes(x: jax.Array) -> jax.Array:
-    """Return |x|, with Inf for NaN, by comparing bits: float maxima may ignore a NaN."""
+    """Return |x|, with NaN as Inf, computed on bits: float maxima may ignore NaN."""
     return _floats(jnp.minimum(_bits(x) & 0x7FFFFFFF, 0x7F800000))
 
 

@@ -26,7 +26,7 @@ FORMATS = {"int8": Format(_int8.SIGNED, _int8.POSITIVE)}
 
 @functools.cache  # cleared by `register`
 def code_of(dtype: DType) -> Code | None:
-    """Return the code whose codes have this dtype, or None if there is none."""
+    """Return the `Code` of this dtype, or None if there is none."""
     codes = (code for each in FORMATS.values() for code in each)
     return next((code for code in codes if jnp.dtype(code.dtype) == dtype), None)
 
@@ -70,8 +70,8 @@ def _problem(name: str, code: Code, exact: tuple[int, ...]) -> str:
     taken = [str(jnp.dtype(c.dtype)) for f in FORMATS.values() for c in f]
     if code_of(dtype) or dtype.itemsize > 2 or dtype == jnp.bfloat16:
         return (
-            f"has codes of {dtype}; choose a dtype of at most 2 bytes that no other format has: "
-            f"not bfloat16, {', '.join(taken)}"
+            f"has codes of {dtype}; choose a dtype of at most 2 bytes other than bfloat16, "
+            f"{', '.join(taken)}"
         )
     if code.block < 1 or code.block & (code.block - 1):
         return f"has blocks of {code.block}; choose a power of two"
@@ -88,7 +88,7 @@ def _problem(name: str, code: Code, exact: tuple[int, ...]) -> str:
 
 def names() -> list[str]:
     """Return the names of formats that errors and docstrings list."""
-    return ["float32", "bfloat16", *FORMATS]
+    return ["float32", "bfloat16", *FORMATS, "factored", "compact"]
 
 
 def is_format(storage: PyTree) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeGuard
 
 import jax
@@ -14,15 +14,24 @@ from jax.sharding import AxisType, NamedSharding
 
 from adam_jax._util import errors
 from adam_jax._util.declare import Moment
+from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.partition_specs import drop_indivisible
-from adam_jax._util.paths import Key, by_key, is_box, map_with_path, unbox
+from adam_jax._util.paths import Key, by_key, is_box, rebox, unbox
 from adam_jax._util.typing import KeyPath, Numeric, PyTree
-from adam_jax.storage import _blockwise, _dense
+from adam_jax.storage import _blockwise, _dense, _reduced
 from adam_jax.storage._blockwise import Code, Quantized, QuantizedLeaf
-from adam_jax.storage._formats import Format, code_of, is_format
-from adam_jax.storage._policy import Storage, format_of, is_function
+from adam_jax.storage._formats import code_of, is_format
+from adam_jax.storage._policy import (
+    Storage,
+    check_format,
+    choose,
+    format_of,
+    is_function,
+    is_reduction,
+)
+from adam_jax.storage._reduced import Factored, FactoredLeaf, Mean, MeanLeaf, ReducedLeaf, Reduction
 
-Stored: TypeAlias = jax.Array | QuantizedLeaf
+Stored: TypeAlias = jax.Array | QuantizedLeaf | ReducedLeaf
 """One leaf of a moment, as stored in the state."""
 
 BlockAbsmax: TypeAlias = Callable[[jax.Array, int], jax.Array]
@@ -30,10 +39,20 @@ BlockAbsmax: TypeAlias = Callable[[jax.Array, int], jax.Array]
 
 
 def decode(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return one leaf of a moment in the dtype of the arithmetic."""
+    """Return one leaf of a moment in the dtype of the arithmetic.
+
+    A reduced leaf must be normalized. A mean keeps the size 1 of its axes.
+    """
+    if isinstance(stored, (FactoredLeaf, MeanLeaf)):
+        return _reduced.decode(stored, dtype)
     if not isinstance(stored, QuantizedLeaf):
         return _dense.decode(stored, dtype)
     return _blockwise.decode(_code(stored), stored).astype(dtype)
+
+
+def read(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return one leaf of a moment as the state has it."""
+    return decode(_reduced.normalize(stored) if is_reduced(stored) else stored, dtype)
 
 
 def encode(
@@ -42,23 +61,25 @@ def encode(
     bits: jax.Array | None,
     block_absmax: BlockAbsmax | None = None,
     *,
-    average: bool = True,
+    round_down: bool = False,
     saturate: bool = False,
 ) -> Stored:
-    """Encode x in the format of `stored`, rounding to nearest without random bits.
+    """Encode x in the format of `stored`; without random bits, round to nearest.
 
-    A moment that isn't an average is rounded down if its code can. With `saturate`, Inf and NaN
-    give their block the largest finite scale.
+    With `round_down`, it is rounded down if its code can. With `saturate`, Inf and NaN give their
+    block the largest finite scale.
     """
+    if isinstance(stored, (FactoredLeaf, MeanLeaf)):
+        return _reduced.encode(x, stored)
     if not isinstance(stored, QuantizedLeaf):
         return _dense.encode(x, stored, bits)
     uniform = jnp.float32(0.5) if bits is None else _uniform(bits)
-    # scales and codes must use one x: fused into both, it could round in two ways
+    # scales and codes need the same x: two fused copies could round differently
     x = jax.lax.optimization_barrier(x.astype(jnp.float32))
     code = _code(stored)
     absmax = None if block_absmax is None else lambda x: block_absmax(x, code.block)
     block = stored.elements_per_scale
-    return _without_derivative(code, block, absmax, not average, saturate, x, uniform)
+    return _without_derivative(code, block, absmax, round_down, saturate, x, uniform)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
@@ -104,29 +125,56 @@ def with_nan_blocks(stored: QuantizedLeaf, other: QuantizedLeaf) -> QuantizedLea
     return stored._replace(scales=scales)
 
 
-def stored_leaf(codes: jax.Array, scales: jax.Array | None) -> Stored:
-    """Return one leaf of a `Quantized` moment: codes with scales, or values."""
-    if scales is None or code_of(getattr(codes, "dtype", None)) is None:
-        return codes
-    return QuantizedLeaf(codes, scales)
+def stored_leaf(kind: type, *arrays: PyTree, shape: tuple[int, ...] | None = None) -> Stored:
+    """Return one leaf of a moment of this class from the arrays in its trees.
+
+    `shape` is the leaf's shape, if known. Otherwise, an axis of size 1 may have been reduced.
+    """
+    first = arrays[0]
+    if kind is Mean:
+        dense = jnp.shape(first) == shape or 1 not in jnp.shape(first)
+        return first if dense else MeanLeaf(first)
+    if any(x is None for x in arrays):
+        return first
+    if code_of(getattr(first, "dtype", None)):
+        return QuantizedLeaf(*arrays)
+    if kind is Factored and _reduced.is_factored(*arrays):
+        return FactoredLeaf(*arrays)
+    return first
+
+
+def arrays_of(stored: Stored, old: Sequence[jax.Array]) -> Sequence[PyTree]:
+    """Return the arrays of a leaf in a moment's trees; dense leaves keep the placeholders."""
+    return tuple(stored) if isinstance(stored, tuple) else (stored, *old[1:])
+
+
+def is_in_trees(moment: PyTree) -> TypeGuard[Quantized | Factored | Mean]:
+    """Whether a moment is stored in several trees, or in one of means."""
+    return isinstance(moment, (Quantized, Factored, Mean))
 
 
 def leaves(moment: PyTree) -> dict[Key, Stored]:
     """Return the stored leaves of a moment by their keys, without boxes."""
-    if not isinstance(moment, Quantized):
+    if not is_in_trees(moment):
         return by_key(moment)
-    codes, scales = by_key(moment.codes), jax.tree.leaves(moment.scales)
-    return {k: stored_leaf(x, s) for (k, x), s in zip(codes.items(), scales, strict=True)}
+    keys, *others = by_key(moment[0]), *map(jax.tree.leaves, moment[1:])
+    kind = type(moment)
+    return {
+        key: stored_leaf(kind, *arrays)
+        for key, *arrays in zip(keys, keys.values(), *others, strict=True)
+    }
 
 
 def with_leaves(moment: PyTree, new: Sequence[Stored]) -> PyTree:
     """Return the moment with new leaves, stored in the same formats."""
-    if not isinstance(moment, Quantized):
+    if not is_in_trees(moment):
         return jax.tree.unflatten(jax.tree.structure(moment), new)
-    old = jax.tree.leaves(moment.scales)
-    scales = [getattr(x, "scales", s) for x, s in zip(new, old, strict=True)]
-    codes = jax.tree.unflatten(jax.tree.structure(moment.codes), map(codes_or_values, new))
-    return Quantized(codes, jax.tree.unflatten(jax.tree.structure(moment.scales), scales))
+    old = zip(*map(jax.tree.leaves, moment), strict=True)
+    arrays = zip(*map(arrays_of, new, old), strict=True)
+    trees = [
+        jax.tree.unflatten(jax.tree.structure(t), x) for t, x in zip(moment, arrays, strict=True)
+    ]
+    return type(moment)(*trees) if new else moment
 
 
 def _code(stored: QuantizedLeaf) -> Code:
@@ -137,9 +185,26 @@ def _code(stored: QuantizedLeaf) -> Code:
     return code
 
 
-def codes_or_values(stored: Stored) -> jax.Array:
-    """Return the codes of a quantized leaf, else its values."""
-    return stored.codes if isinstance(stored, QuantizedLeaf) else stored
+def shape_of(stored: Stored) -> tuple[int, ...]:
+    """Return the shape of a leaf; a mean has size 1 along its axes."""
+    if isinstance(stored, FactoredLeaf):
+        return jnp.broadcast_shapes(*(x.shape for x in stored))
+    return jnp.shape(first_array(stored))
+
+
+def first_array(stored: Stored) -> jax.Array:
+    """Return the codes of a quantized leaf, the first means of a reduced one, else the values."""
+    return stored[0] if isinstance(stored, tuple) else stored
+
+
+def whole(stored: Stored, shape: tuple[int, ...]) -> PyTree:
+    """Return the shape and dtype of one leaf; `shape` has the sizes that a mean lacks."""
+    if not is_reduced(stored):
+        return first_array(stored)
+    own = shape_of(stored)
+    if isinstance(stored, MeanLeaf) and len(own) == len(shape):
+        own = tuple(n if size == 1 else size for n, size in zip(shape, own, strict=True))
+    return jax.ShapeDtypeStruct(own, stored[0].dtype)
 
 
 def block_size(stored: Stored) -> int:
@@ -152,9 +217,28 @@ def is_quantized(stored: Stored) -> TypeGuard[QuantizedLeaf]:
     return isinstance(stored, QuantizedLeaf)
 
 
-def any_quantized(moments: Sequence[Sequence[Stored]]) -> bool:
-    """Whether any moment of a leaf is quantized."""
-    return any(is_quantized(x) for each in moments for x in each)
+def is_reduced(stored: Stored) -> TypeGuard[ReducedLeaf]:
+    """Whether one leaf of a moment is stored as means."""
+    return isinstance(stored, (FactoredLeaf, MeanLeaf))
+
+
+def is_lossy(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
+    """Whether one leaf of a moment is quantized or reduced."""
+    return isinstance(stored, (QuantizedLeaf, FactoredLeaf, MeanLeaf))
+
+
+def any_lossy(moments: Sequence[Sequence[Stored]]) -> bool:
+    """Whether any moment of a leaf is quantized or reduced."""
+    return any(is_lossy(x) for each in moments for x in each)
+
+
+def map_reduced(f: Callable[..., Stored], moments: PyTree, *rest: PyTree) -> PyTree:
+    """Return moments with f of the reduced leaves, and of the leaves of `rest` in their places."""
+
+    def apply(x: Stored, *others: Stored) -> Stored:
+        return f(x, *others) if is_reduced(x) else x
+
+    return jax.tree.map(apply, moments, *rest, is_leaf=is_lossy)
 
 
 def needs_random_bits(stored: PyTree) -> bool:
@@ -169,36 +253,35 @@ def dtypes(operands: PyTree) -> list[np.dtype]:
 
 
 def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: Numeric) -> PyTree:
-    """Return the initial moment, which is `Quantized` if any leaf may be quantized."""
+    """Return the initial moment, in several trees if any leaf may be quantized or reduced."""
 
-    def format(path: KeyPath, leaf: PyTree) -> Code | jax.typing.DTypeLike:
-        chosen = format_of(storage, name, path, leaf, signed=declared.signed)
-        if not isinstance(chosen, Format):
-            return chosen
-        return chosen.signed if declared.signed else chosen.positive
-
-    def codes(path: KeyPath, leaf: PyTree) -> jax.Array:
-        kept = format(path, leaf)
+    def arrays(path: KeyPath, leaf: PyTree) -> Sequence[jax.Array]:
+        kept = format_of(storage, name, declared, path, leaf)
+        kinds.add(type(kept) if not isinstance(kept, Reduction) else _kind(kept))
+        if isinstance(kept, Reduction):
+            dtype = arithmetic_dtype(jnp.result_type(leaf))
+            full = functools.partial(jnp.full, fill_value=value, dtype=dtype)
+            return [_shard_like(full(shape), leaf) for shape in kept.shapes(leaf.shape)]
         if isinstance(kept, Code):
             code = kept.encode(jnp.sign(jnp.asarray(value, jnp.float32)), jnp.float32(0))
-            return jnp.full_like(leaf, code, dtype=kept.dtype)
-        return jnp.full_like(leaf, jnp.asarray(value).astype(kept), dtype=kept)
-
-    def scales(path: KeyPath, leaf: PyTree) -> jax.Array:
-        leaf = unbox(leaf)
-        kept = format(path, leaf)
-        if isinstance(kept, Code):
             magnitude = jnp.abs(jnp.asarray(value, jnp.float32))
-            return _shard_like(
-                jnp.full(_blockwise.scales_shape(leaf.shape, kept.block), magnitude), leaf
-            )
-        return jnp.ones((*np.shape(leaf)[:-1], 1), jnp.float32)
+            scales = jnp.full(_blockwise.scales_shape(leaf.shape, kept.block), magnitude)
+            return [jnp.full_like(leaf, code, dtype=kept.dtype), _shard_like(scales, leaf)]
+        values = jnp.full_like(leaf, jnp.asarray(value).astype(kept), dtype=kept)
+        return [values, jnp.ones((*np.shape(leaf)[:-1], 1), jnp.float32)]
 
-    tree = map_with_path(codes, params)
-    if not _may_be_quantized(storage, name, tree):
-        return tree
-    # the axis names of the parameter's box may not fit the scales, whose shape differs
-    return Quantized(tree, jax.tree_util.tree_map_with_path(scales, params, is_leaf=is_box))
+    kinds: set[PyTree] = set()
+    boxed, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
+    made = [(box, arrays(path, unbox(box))) for path, box in boxed]
+    kind = _class_of(storage, name, declared, kinds)
+    # the axis names of the parameter's box may not fit an array of another shape
+    first = [
+        rebox(b, xs[0]) if jnp.shape(xs[0]) == jnp.shape(unbox(b)) else xs[0] for b, xs in made
+    ]
+    if kind is None:
+        return treedef.unflatten(first)
+    others = [[xs[k] for _, xs in made] for k in range(1, len(kind._fields))]
+    return kind(*map(treedef.unflatten, (first, *others)))
 
 
 def _shard_like(scales: jax.Array, leaf: PyTree) -> jax.Array:
@@ -217,9 +300,23 @@ def _shard_like(scales: jax.Array, leaf: PyTree) -> jax.Array:
     return jax.reshard(scales, target) if AxisType.Explicit in target.mesh.axis_types else scales
 
 
-def _may_be_quantized(storage: Storage, name: str, codes: PyTree) -> bool:
-    """Whether a moment is `Quantized`; if `storage` is a function, its results decide."""
+def _kind(reduction: Reduction) -> type:
+    return Factored if len(reduction.axes) == 2 else Mean
+
+
+def _class_of(storage: Storage, name: str, declared: Moment, kinds: set[PyTree]) -> PyTree:
+    """Return the class of a moment, or None for one tree; a function's results decide."""
     if is_function(storage):
-        leaves = jax.tree.leaves(codes)
-        return not leaves or any(code_of(leaf.dtype) for leaf in leaves)
-    return is_format(storage.get(name) if isinstance(storage, Mapping) else storage)
+        if Mean in kinds and kinds & {Factored, Code}:
+            raise errors.value_error(
+                f"storage must give {name} one kind of format, got a mean for one leaf and another "
+                f"format for others; use 'factored' or 'int8' instead of the mean"
+            )
+        if not kinds:
+            return Quantized
+        order = {Factored: Factored, Mean: Mean, Code: Quantized}
+        return next((order[kind] for kind in order if kind in kinds), None)
+    chosen = choose(storage, name, declared)
+    if is_reduction(chosen):
+        return _kind(check_format(chosen))
+    return Quantized if is_format(chosen) else None

@@ -10,22 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_jax._util import errors
+from adam_jax._util.declare import Moment
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.paths import path_string
 from adam_jax._util.typing import DType, KeyPath, PyTree
 from adam_jax.storage import _dense
 from adam_jax.storage._formats import FORMATS, Format, floating, is_format, names
+from adam_jax.storage._reduced import FACTORED, Reduction
 
 MIN_SIZE = 4096
-"""Leaves with fewer elements aren't quantized, unless a storage function requests it."""
+"""Leaves with fewer elements aren't quantized or reduced, unless a storage function requests it."""
+
+COMPACT = "compact"
+"""The name of int8 for signed moments, with averages factored if that can't make a step large."""
 
 
 Storage: TypeAlias = Any
-"""A format's name, a dtype, {moment: either}, a function (path, leaf) → these, or None: default."""
+"""A format name, a dtype, a `mean`, {moment or kind: format}, a function (path, leaf) → format, or
+None (default)."""
+
+KINDS = ("signed", "positive")
+"""The kinds of moments that a mapping may name; the name of a moment takes precedence."""
 
 
-def format_of(storage: Storage, name: str, path: KeyPath, leaf: PyTree, *, signed: bool) -> PyTree:
-    """Return the format of the moment `name` of one leaf: a dtype, or a `Format`.
+def format_of(storage: Storage, name: str, declared: Moment, path: KeyPath, leaf: PyTree) -> PyTree:
+    """Return the format of the moment `name` of one leaf: a dtype, a `Code`, or a `Reduction`.
 
     A signed moment of a complex leaf stays complex even if `storage` names a real format. But as in
     Optax, a dtype set by `with_dtype`, such as mu_dtype, is used unchanged.
@@ -33,17 +42,53 @@ def format_of(storage: Storage, name: str, path: KeyPath, leaf: PyTree, *, signe
     by_leaf = is_function(storage)
     if by_leaf:
         storage = storage(path_string(path), leaf)
-    if isinstance(storage, Mapping):
-        storage = storage.get(name)
+    storage = choose(storage, name, declared)
     default = _dense.default(jnp.result_type(float if isinstance(leaf, int) else leaf))
     if storage is None:
         return default
     kept = check_format(storage)
+    large = by_leaf or np.size(leaf) >= MIN_SIZE
+    if isinstance(kept, Reduction):
+        if not (large and kept.fits(leaf)):
+            return default
+        if len(kept.axes) == 1 or kept.bytes_per_element(np.shape(leaf)) <= MAX_REDUCED_BYTES:
+            return kept
+        kept = FORMATS["int8"]
     if isinstance(kept, Format):
-        quantize = _can_quantize(leaf) and (by_leaf or np.size(leaf) >= MIN_SIZE)
-        return kept if quantize else arithmetic_dtype(default)
-    lossy = signed and jnp.iscomplexobj(leaf) and not jnp.issubdtype(kept, jnp.complexfloating)
+        quantized = kept.signed if declared.signed else kept.positive
+        return quantized if large and _can_quantize(leaf) else arithmetic_dtype(default)
+    real = not jnp.issubdtype(kept, jnp.complexfloating)
+    lossy = declared.signed and jnp.iscomplexobj(leaf) and real
     return default if lossy and not isinstance(storage, np.dtype) else kept
+
+
+MAX_REDUCED_BYTES = 0.5
+"""Leaves whose row and column means take more bytes per element are quantized to int8 instead."""
+
+
+def choose(storage: Storage, name: str, declared: Moment) -> Storage:
+    """Return the format that `storage`, which isn't a function, gives to a moment.
+
+    A mean is possible for non-negative averages only. Other moments keep the default, unless
+    `storage` names them. "compact" factors an average if its lower bound limits the step.
+    """
+    by_name = isinstance(storage, Mapping)
+    if isinstance(storage, Mapping):
+        by_name = name in storage or (declared.signed and "signed" in storage)
+        storage = storage.get(name, storage.get("signed" if declared.signed else "positive"))
+    if is_name(storage, COMPACT):
+        return FACTORED.name if declared.bounds_step else "int8"
+    if not is_reduction(storage) or (declared.average and not declared.signed):
+        return storage
+    if by_name:
+        why = "is signed: its mean says little about an element"
+        if not declared.signed:
+            why = "isn't an average: the mean of maxima isn't the maximum of means"
+        raise errors.value_error(
+            f"storage must not reduce {name} to {describe_storage(storage)}, because it {why}; "
+            f"use 'int8' for {name}, or storage='compact'"
+        )
+    return None
 
 
 def _can_quantize(leaf: PyTree) -> bool:
@@ -59,27 +104,38 @@ def _can_quantize(leaf: PyTree) -> bool:
 def may_quantize(storage: Storage, moments: Collection[str]) -> bool:
     """Whether any of these moments may be quantized."""
     if isinstance(storage, Mapping):
-        return any(is_format(storage.get(name)) for name in moments)
-    return bool(moments) and (is_format(storage) or is_function(storage))
+        return any(_may_be_coded(storage.get(name)) for name in (*moments, *KINDS))
+    return bool(moments) and (_may_be_coded(storage) or is_function(storage))
+
+
+def _may_be_coded(storage: Storage) -> bool:
+    return is_format(storage) or is_name(storage, COMPACT) or is_name(storage, FACTORED.name)
 
 
 def may_round(storage: Storage, moments: Collection[str]) -> bool:
     """Whether any of these moments may be stored in fewer bits than float32."""
-    formats = [storage.get(n) for n in moments] if isinstance(storage, Mapping) else [storage]
+    mapping = isinstance(storage, Mapping)
+    formats = [storage.get(n) for n in (*moments, *KINDS)] if mapping else [storage]
     narrow = [f is not None and not is_function(f) and floating(f) == jnp.bfloat16 for f in formats]
-    return any(narrow) or may_quantize(storage, moments)
+    return any(narrow) or any(map(is_reduction, formats)) or may_quantize(storage, moments)
 
 
 def unquantized(storage: Storage, name: str, because: str) -> Storage:
-    """Return `storage` with the default replacing quantized formats of moment `name`."""
-    if isinstance(storage, Mapping) and is_format(storage.get(name)):
+    """Return `storage` with the default replacing lossy formats of moment `name`."""
+
+    def is_lossy(storage: Storage) -> bool:
+        return is_format(storage) or is_name(storage, COMPACT) or is_reduction(storage)
+
+    if isinstance(storage, Mapping) and is_lossy(storage.get(name)):
         raise errors.value_error(
             f"storage={storage!r} must not quantize {name}, {because}; give it a dtype"
         )
     if is_function(storage):
         function: PyTree = storage
         return lambda path, leaf: unquantized(function(path, leaf), name, because)
-    return None if is_format(storage) else storage
+    if isinstance(storage, Mapping):
+        return {name: None, **storage}
+    return None if is_lossy(storage) else storage
 
 
 def describe_storage(storage: Storage) -> str:
@@ -90,32 +146,42 @@ def describe_storage(storage: Storage) -> str:
         return f"{{{', '.join(f'{k}: {describe_storage(v)}' for k, v in storage.items())}}}"
     if is_function(storage):
         return getattr(storage, "__name__", "function")
+    if isinstance(storage, Reduction):
+        return storage.name
     dtype = None if storage is None else floating(storage)
     return str(storage if dtype is None else dtype)
 
 
-def check(storage: Storage, moments: Collection[str]) -> None:
-    """Raise an error if `storage` names an unknown format or moment."""
+def check(storage: Storage, moments: Mapping[str, Moment]) -> None:
+    """Raise an error if `storage` names an unknown format or moment, or can't be used for it."""
     if is_function(storage):
         errors.storage_function(storage)
         return
     if isinstance(storage, Mapping):
         for name, format in storage.items():
-            if name not in moments:
+            if name not in moments and name not in KINDS:
                 raise errors.value_error(
                     f"storage must name existing moments, got {name!r}; choose from "
-                    f"{', '.join(moments) or 'none'}"
+                    f"{', '.join((*moments, *KINDS))}"
                 )
-            if format is not None:
+            if format is not None and not is_name(format, COMPACT):
                 check_format(format)
-    elif storage is not None:
+    elif storage is not None and not is_name(storage, COMPACT):
         check_format(storage)
+    chosen = [choose(storage, name, declared) for name, declared in moments.items()]
+    if moments and is_reduction(storage) and not any(map(is_reduction, chosen)):
+        raise errors.value_error(
+            f"storage={describe_storage(storage)} must find a non-negative average, got "
+            f"{', '.join(moments)}; use storage='compact'"
+        )
 
 
 def check_format(storage: Storage) -> PyTree:
-    """Return the dtype or `Format` for a name or dtype."""
+    """Return the dtype, `Format`, or `Reduction` for a name or dtype."""
     if is_format(storage):
         return FORMATS[storage]
+    if is_reduction(storage):
+        return storage if isinstance(storage, Reduction) else FACTORED
     dtype = _dense_dtype(storage)
     if dtype is None:
         listed = ", ".join(map(repr, names()))
@@ -157,8 +223,9 @@ def with_dtype(storage: Storage, moment: str, argument: str, dtype: DType) -> St
             f"{argument} must be float32, bfloat16, float64, or a complex dtype, "
             f"got {requested!r}; for other formats use storage= ({', '.join(names())})"
         )
-    given = storage.get(moment) if isinstance(storage, Mapping) else storage
-    if given is not None and (is_function(given) or check_format(given) != dtype):
+    given = storage.get(moment, storage.get("signed")) if isinstance(storage, Mapping) else storage
+    agrees = given is None or (not _is_choice(given) and check_format(given) == dtype)
+    if not agrees:
         raise errors.value_error(
             f"{argument}={dtype} conflicts with storage={storage!r}; "
             f"drop {argument}, and write storage={{{moment!r}: {str(dtype)!r}, ...}}"
@@ -181,8 +248,27 @@ def split(storage: Storage, *groups: Collection[str]) -> list[Storage]:
     """Split `storage` by groups of moments, for an optimizer of several rules with moments."""
     if not isinstance(storage, Mapping):
         return [storage] * len(groups)
-    check(storage, [name for group in groups for name in group])
-    return [{name: f for name, f in storage.items() if name in group} for group in groups]
+    known = {name for group in groups for name in (*group, *KINDS)}
+    unknown = {name: f for name, f in storage.items() if name not in known}  # for errors
+    return [
+        {name: f for name, f in storage.items() if name in (*group, *KINDS, *unknown)}
+        for group in groups
+    ]
+
+
+def _is_choice(storage: Storage) -> bool:
+    """Whether it chooses a format by leaf or by moment."""
+    return is_function(storage) or is_name(storage, COMPACT)
+
+
+def is_name(storage: Storage, name: str) -> bool:
+    """Whether `storage` is this name; unlike ==, it compares dtypes without an error."""
+    return isinstance(storage, str) and storage == name
+
+
+def is_reduction(storage: Storage) -> bool:
+    """Whether `storage` names a format that stores means."""
+    return isinstance(storage, Reduction) or is_name(storage, FACTORED.name)
 
 
 def _is_dtype(x: PyTree) -> bool:
@@ -190,4 +276,5 @@ def _is_dtype(x: PyTree) -> bool:
 
 
 def is_function(x: PyTree) -> bool:
+    """Whether `storage` is a function of a path and a leaf."""
     return callable(x) and not _is_dtype(x)

@@ -61,8 +61,8 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 32) -> Transfor
     `optax.apply_if_finite` needs gradients cast to the updates' dtype, float32.
 
     `optax.apply_updates` is exact if the new parameter is 0 or at least 2⁻¹⁵ of the old one's size.
-    If its float32 addition can't produce the new parameter, the result is a neighbor, and the
-    residual is relative to it. Numbers below 2⁻¹²⁶ count as 0.
+    Otherwise, its float32 addition may give a neighboring value, and the residual is relative to
+    that value. Numbers below 2⁻¹²⁶ count as 0.
     Source: FlashOptim (2026), arXiv:2602.23349; computing the residual after the addition is ours.
 
     Args:
@@ -155,7 +155,7 @@ def get_master_weights(params: optax.Params, state: PyTree) -> optax.Params:
     """
     found = [s for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
     if len(found) != 1:
-        errors.not_one("get_master_weights", "states of master_weights", len(found))
+        errors.not_one("get_master_weights", "state of master_weights", len(found))
     leaves, treedef = jax.tree.flatten(params)
     residuals = jax.tree.leaves(found[0].rest)
     with errors.error_context("get_master_weights"):

@@ -28,7 +28,7 @@ class TunableState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # tuple has a method of that name
     hyperparams: dict[str, jax.Array]
-    """The values of the last step, or set since."""
+    """The last step's values, or ones set since."""
     set_to: dict[str, jax.Array]
     """The values that were set."""
     is_set: dict[str, jax.Array]
@@ -140,7 +140,7 @@ def _numbers(values: Mapping[str, PyTree]) -> dict[str, jax.Array]:
 
 
 def get_hyperparams(state: PyTree, *, group: str | None = None) -> dict[str, jax.Array]:
-    """Return the hyperparameters of the last step, or as set since.
+    """Return the last step's hyperparameters, or values set since.
 
     Args:
       state: a state that contains the state of one `tunable` optimizer; also
@@ -170,7 +170,7 @@ def set_hyperparams(state: PyTree, *, group: str | None = None, **values: Numeri
       a new state.
 
     Raises:
-      ValueError: a number is out of range; the state has no hyperparameters, or several groups'.
+      ValueError: a number is out of range; the state has no hyperparameters, or several sets.
       TypeError: there is no hyperparameter of that name, or a value isn't a number.
     """
     found = _find("set_hyperparams", state, group)

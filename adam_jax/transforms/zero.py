@@ -41,10 +41,9 @@ def state_sharding(
     Args:
       tx: any Optax transformation, including chains and `zero1`.
       params: arrays or `jax.ShapeDtypeStruct`s, with shardings unless specs are given.
-      specs: PartitionSpecs of the parameters, or of subtrees of them.
-      mesh: the mesh of the specs; by default, the mesh of the parameters.
-      memory_kind: the memory for the state, such as "pinned_host" for host memory; by default,
-        device memory.
+      specs: PartitionSpecs of the parameters, or of subtrees of them. mesh: the mesh of the specs;
+        by default, the mesh of the parameters. memory_kind: the memory for the state, such as
+        "pinned_host" for host memory; by default, device memory.
 
     Returns:
       a tree like the state, with a `NamedSharding` for each leaf.
@@ -99,8 +98,8 @@ def zero1(
     `optax.clip_by_global_norm`, are over whole arrays, and random bits depend on positions in whole
     arrays. If shards split a block of codes, its maximum is computed across devices.
 
-    A leaf is sharded along its first axis that divides evenly over the devices; a leaf without one
-    is replicated. `memory_report(tx, params)` shows bytes per device and replicated leaves.
+    A leaf is sharded along its first (preferably unsharded) axis that divides evenly, or
+    replicated. `memory_report(tx, params)` shows bytes per device and replicated leaves.
 
     Use it under `jit`, with automatic or explicit axes, around everything that computes updates,
     including `master_weights`. The state is the state of `tx`; a jitted init needs no
@@ -111,9 +110,9 @@ def zero1(
       tx: any Optax transformation.
       mesh: the mesh of devices.
       axis: the name of the mesh axis to shard over.
-      specs: PartitionSpecs of parameters that are sharded over other axes of the mesh, or of
-        subtrees of them. Explicit axes don't need them. With automatic axes, parameters without
-        specs are assumed replicated; if they aren't, results are right, but the gather is larger.
+      specs: PartitionSpecs of the parameters (or subtrees), if other axes of the mesh shard them.
+        Explicit axes don't need them. With automatic axes, parameters without specs are assumed
+        replicated; if they aren't, results are right, but the gather is larger.
 
     Returns:
       a transformation with the state and updates of `tx`.
@@ -144,7 +143,7 @@ def zero1(
         return jax.tree.map(lambda p: _spec(p) if is_explicit(p) else P(), params)
 
     def inner_specs(params: PyTree) -> PyTree:
-        """Return their specs during a step."""
+        """Return the specs inside a step."""
         return jax.tree.map(
             lambda p, spec: _spread(mesh, axis, spec, p.shape), params, outer_specs(params)
         )
@@ -176,7 +175,7 @@ def zero1(
         specs_by_key = {} if explicit else by_key(layout)
         with making_known({k: NamedSharding(mesh, spec) for k, spec in specs_by_key.items()}):
             out, state = step(tx, updates, state, inside, extra, emit_params=emit_params)
-        if _has_auto_tracers(out):  # or the partitioner chooses the sharding
+        if _has_auto_tracers(out):  # without this, XLA chooses the sharding
             state = _place(mesh, state, state_layout(like, layout))
         out = _place(mesh, out, outer_specs(like))
         return jax.tree.map(rebox, boxes, out, is_leaf=lambda x: x is None or is_box(x)), state
@@ -186,7 +185,7 @@ def zero1(
 
 
 def _spread(mesh: Mesh, axis: str, spec: P, shape: Sequence[int]) -> P:
-    """Return the spec with `axis` added to the first divisible array axis, unsharded ones first.
+    """Return the spec with `axis` added to the first divisible array axis, preferably unsharded.
 
     Return `spec` itself if there is none, or if it has `axis` already.
     """

@@ -50,20 +50,23 @@ def adafactor_averages(gradients, b2):
 def signs(t, rows=True, columns=True):
     """Return a gradient of one size per row and column, whose nu is above its floor."""
     keys = jax.random.split(jax.random.key(3))
-    sizes = [jnp.exp(jax.random.normal(k, (n,))) for k, n in zip(keys, SHAPE, strict=True)]
+    sizes = [
+        jnp.exp(jax.random.normal(k, (n,), jnp.float32)) for k, n in zip(keys, SHAPE, strict=True)
+    ]
     size = (sizes[0][:, None] if rows else 1.0) * (sizes[1][None] if columns else 1.0)
     sign = jax.random.rademacher(jax.random.fold_in(jax.random.key(2), t), SHAPE, jnp.float32)
     return sign * size * (1 + 0.5 * (t % 3))
 
 
-def test_rows_and_columns_are_the_averages_of_adafactor():
-    params = jnp.zeros(SHAPE)
-    gradients = [signs(t) for t in range(200)]
-    _, state = trajectory(
-        adam_jax.scale_by_adam(storage={"nu": "factored"}), params, 200, lambda t, _: gradients[t]
-    )
-    for got, want in zip(state.nu, adafactor_averages(gradients, 0.999), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-6)
+@pytest.mark.parametrize("dtype, rtol", [("float64", 1e-12), ("float32", 4e-6)])
+def test_rows_and_columns_are_the_averages_of_adafactor(dtype, rtol):
+    """In float32, nu itself is off by 2e-6 after 200 steps, because b2 is rounded."""
+    with jax.enable_x64(dtype == "float64"):
+        gradients = [signs(t).astype(dtype) for t in range(200)]
+        tx = adam_jax.scale_by_adam(storage={"nu": "factored"})
+        _, state = trajectory(tx, jnp.zeros(SHAPE, dtype), 200, lambda t, _: gradients[t])
+        for got, want in zip(state.nu, adafactor_averages(gradients, 0.999), strict=True):
+            np.testing.assert_allclose(got, want, rtol=rtol)
 
 
 def reference_step(g, mu, rows, columns, t, b1=0.9, b2=0.999, eps=1e-8):
@@ -126,8 +129,12 @@ EXACT_STEP = 3.0
 """The largest step in learning rates of an optimizer that the test is about."""
 
 
+NAMES = sorted({e.name for e in adam_jax.catalogue()} - {"adamw", "nadamw", "adamaxw", "sgd"})
+QUICK = ("adam", "nadam", "adan")
+
+
 @pytest.mark.parametrize(
-    "name", sorted({e.name for e in adam_jax.catalogue()} - {"adamw", "nadamw", "adamaxw", "sgd"})
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 )
 def test_compact_takes_no_large_step_on_sparse_or_structured_gradients(name):
     """Without the floor, factored Adam takes steps of up to 3,445 learning rates here."""
