@@ -16,7 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-PAGES = (Path(__file__).parent / "README.md", Path(__file__).parent.parent / "docs" / "speed.md")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = (Path(__file__).parent / "README.md", DOCS / "speed.md", DOCS / "low_memory.md")
 PACKAGES = ("jax", "jaxlib", "optax", "adam_jax")
 PEERS = ("flashoptim-jax", "torchao", "torch")  # listed if installed
 

@@ -43,6 +43,11 @@ def small_int8(path, leaf):
     return "int8"
 
 
+def small_compact(path, leaf):
+    """Request compact for every leaf."""
+    return "compact"
+
+
 def mixed(path, leaf):
     """Request int8 for matrices and bfloat16 for the other leaves."""
     return "int8" if np.ndim(leaf) > 1 else "bfloat16"
@@ -421,7 +426,8 @@ def _arguments(
         maybe("weight_decay_mask", not_matching(masked))
     moment = next(e.state for e in adam_jax.catalogue() if e.name == name)[:1]
     mappings = [{moment[0]: "int8"}, {moment[0]: "bfloat16"}] if moment else []
-    storages = ["float32", "bfloat16", "int8", "int8", small_int8, small_int8, mixed, *mappings]
+    lossy = ["int8", small_int8, small_int8, "compact", small_compact, mixed]
+    storages = ["float32", "bfloat16", *lossy, *mappings]
     maybe("storage", *storages)
     kernels = ["pallas"] if thorough else []  # interpreted on CPU
     maybe("implementation", *["xla", "stream"] * 2, *kernels)

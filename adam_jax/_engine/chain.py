@@ -334,7 +334,7 @@ class Tree:
         """Return the leaves of a moment, as stored."""
         if not _moments.is_in_trees(moment):
             return self.like("state", moment)
-        shapes = [jnp.shape(u) for _, u in self.leaves]
+        shapes = [np.shape(u) for _, u in self.leaves]
         arrays = zip(*(self.like("state", tree) for tree in moment), strict=True)
         stored = functools.partial(_moments.stored_leaf, type(moment))
         return [stored(*x, shape=shape) for x, shape in zip(arrays, shapes, strict=True)]

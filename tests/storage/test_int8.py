@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 import adam_jax
-from adam_jax.storage import Code, Quantized
+from adam_jax.storage import Code, Factored, Quantized
 from helpers import (
     RULES,
     every_rule,
@@ -182,10 +182,10 @@ def test_low_precision_nu_follows_gradients_that_fall_in_half_of_each_block(
 
 
 @every_rule
-def test_every_rule_works_in_int8(name):
-    """Compare a quantized leaf with an equal one in float32, under scan."""
+def test_every_rule_works_in_int8_and_compact(name):
+    """Compare quantized and factored leaves with an equal one in float32, under scan."""
     x = jax.random.normal(jax.random.key(0), (32, 256))
-    params = {"int8": x, "float32": x}
+    params = {"int8": x, "compact": x, "float32": x}
     tx = optimizer(name, storage=lambda path, leaf: path)
 
     @jax.jit
@@ -199,9 +199,10 @@ def test_every_rule_works_in_int8(name):
 
     moved, state = run(tx.init(params))
     for moment in RULES[name].moments:
-        assert isinstance(optax.tree_utils.tree_get(state, moment), Quantized)
-    error = jnp.linalg.norm(moved["int8"] - moved["float32"]) / jnp.linalg.norm(moved["float32"])
-    assert 0 < error < 0.2, error
+        assert isinstance(optax.tree_utils.tree_get(state, moment), (Quantized, Factored))
+    for format, most in {"int8": 0.2, "compact": 0.6}.items():
+        error = jnp.linalg.norm(moved[format] - moved["float32"])
+        assert 0 < error / jnp.linalg.norm(moved["float32"]) < most, format
 
 
 def test_map_params_finds_codes_and_scales():
