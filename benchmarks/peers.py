@@ -137,6 +137,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "adam_jax float32": functools.partial(Ours, "float32"),
     "adam_jax bfloat16": functools.partial(Ours, "bfloat16"),
     "adam_jax int8": functools.partial(Ours, "int8"),
+    "adam_jax compact": functools.partial(Ours, "compact"),
     "flashoptim-jax 8-bit": Flash,
     "torchao 8-bit": functools.partial(Torch, "AdamW8bit"),
     "torchao fp8": functools.partial(Torch, "AdamWFp8"),

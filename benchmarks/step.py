@@ -174,6 +174,7 @@ MAKERS: dict[str, Callable[[Any], Run]] = {
     "adam_jax bfloat16": functools.partial(ours, "bfloat16", update),
     "adam_jax int8, update": functools.partial(ours, "int8", update),
     "adam_jax int8, apply": functools.partial(ours, "int8", adam_jax.apply),
+    "adam_jax compact, apply": functools.partial(ours, "compact", adam_jax.apply),
     "flashoptim-jax 8-bit": flashoptim,
     "torchao 8-bit": torchao_adamw,
 }

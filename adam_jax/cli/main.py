@@ -187,15 +187,22 @@ def memory_options(add: AddArgument) -> None:
     add("--devices", type=COUNT, default=1, metavar="N", help="that share the state by ZeRO-1")
 
 
-FLOAT32, BFLOAT16, INT8 = (adamw(1e-3, storage=s) for s in ("float32", "bfloat16", "int8"))
+FLOAT32, BFLOAT16, INT8, COMPACT = (
+    adamw(1e-3, storage=s) for s in ("float32", "bfloat16", "int8", "compact")
+)
 MODES = {
     "float32 AdamW": ("float32", FLOAT32),
     "bfloat16 state": ("float32", BFLOAT16),
     "int8 state": ("float32", INT8),
+    "compact state": ("float32", COMPACT),
     "bfloat16 parameters, master_weights(bits=32)": ("bfloat16", master_weights(FLOAT32)),
     "bfloat16 parameters, master_weights(bits=24), int8": (
         "bfloat16",
         master_weights(INT8, bits=24),
+    ),
+    "bfloat16 parameters, master_weights(bits=24), compact": (
+        "bfloat16",
+        master_weights(COMPACT, bits=24),
     ),
 }
 """The parameters' dtype and the optimizer of each row of `memory`."""

@@ -25,11 +25,13 @@ def scale_by_rule(
 
     Args:
       rule: a declared variant; see `rule`.
-      storage: the format of the moments: "float32", "bfloat16", "int8", "float64", a mapping from
-        moments to formats, or a function (path, leaf) that returns one. By default, a moment has
-        its parameter's dtype (float32 for float16 parameters). bfloat16 and int8 are rounded
-        stochastically. For leaves under 4096 elements, int8 means float32, unless a function
-        returns it.
+      storage: the format of the moments: "float32", "bfloat16", "int8", "float64", "factored" or
+        `storage.mean(axis)` (for non-negative averages), or "compact" (int8, with averages
+        factored if that can't make a step large); a mapping to formats from moments or from the
+        kinds "signed" and "positive"; or a function (path, leaf) that returns one of these. By
+        default, a moment has its parameter's dtype (float32 for float16 parameters). bfloat16 and
+        int8 are rounded stochastically. Leaves under 4096 elements are neither quantized nor
+        reduced, unless a function returns the format.
       implementation: how a leaf's step is executed. "xla" leaves it to XLA; "stream" runs it in
         tiles, in place; "pallas" runs it in a kernel, compiled on GPUs and TPUs and interpreted on
         CPUs, which is slow; "auto" uses a kernel (tiles on CPUs) for quantized moments, and "xla"

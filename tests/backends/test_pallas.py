@@ -17,7 +17,7 @@ import adam_jax
 from adam_jax._backends import choice, pallas
 from helpers import QUICKLY, REFERENCES, defaults, homemade, largest_sent, typical_rules
 
-FORMATS = ("float32", "bfloat16", "int8")
+FORMATS = ("float32", "bfloat16", "int8", "compact")
 EVERY_RULE = {**adam_jax.rules.RULES, "homemade": homemade}
 every_rule = pytest.mark.parametrize("name", EVERY_RULE)
 
@@ -55,7 +55,8 @@ def make(name, implementation):
 
 def leaves(shape=(5, 300)):
     """Return a leaf for each format, whose rows and columns don't fill the tiles."""
-    return {f: jax.random.normal(jax.random.key(k), shape) for k, f in enumerate(FORMATS)}
+    shapes = dict.fromkeys(FORMATS, shape) | {"compact": (24, *shape[1:])}  # worth factoring
+    return {f: jax.random.normal(jax.random.key(k), shapes[f]) for k, f in enumerate(FORMATS)}
 
 
 def trajectory(tx, params, update=None, steps=3):
@@ -134,7 +135,7 @@ SHAPES = [(1,), (129,), (33, 96), (700, 3), (500, 300), (2, 16_500), (3, 3, 64, 
 def interpreted(request, monkeypatch):
     """Interpret kernels with the tiles and masks of this compiler."""
     target = getattr(pallas, request.param)()
-    target = target._replace(compiler=None, drop=(), interpret=True)
+    target = target._replace(compiler=lambda _: None, drop=(), interpret=True)
     monkeypatch.setattr(pallas, "TARGETS", {"cpu": lambda: target})
     monkeypatch.setitem(
         choice.BACKENDS, "pallas", functools.partial(pallas.execute_leaf)
@@ -353,10 +354,10 @@ def test_auto_uses_no_kernel_on_cpu():
 
 @every_platform
 @pytest.mark.parametrize("name", FORMATS)
-def test_auto_uses_a_kernel_on_accelerators_for_int8_only(name, platform):
+def test_auto_uses_a_kernel_on_accelerators_for_int8_and_compact_only(name, platform):
     tx = adam_jax.adamw(1e-3, storage=by_path)
     with there(platform):
-        assert (kernels(tx, {name: leaves()[name]}) > 0) == (name == "int8")
+        assert (kernels(tx, {name: leaves()[name]}) > 0) == (name in ("int8", "compact"))
 
 
 def test_the_default_device_or_the_mesh_decides_about_kernels(monkeypatch):

@@ -43,13 +43,13 @@ def described_mesh(kind):
     return Mesh(np.array(devices), ("data",), axis_types=(kind,))
 
 
-def canonical(mesh):
+def canonical(mesh, storage):
     """Return the README's stack."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 10_000)
     mask = adam_jax.not_matching("bias", "norm")
     tx = adam_jax.chain(
         adam_jax.clip_by_global_norm(1.0),
-        adam_jax.adamw(schedule, weight_decay=0.1, weight_decay_mask=mask, storage="int8"),
+        adam_jax.adamw(schedule, weight_decay=0.1, weight_decay_mask=mask, storage=storage),
     )
     return adam_jax.zero1(adam_jax.master_weights(tx, bits=24), mesh)
 
@@ -81,10 +81,12 @@ def kernels(program):
 
 
 @every_kind
-@pytest.mark.parametrize("applied", [False, True], ids=["update", "apply"])
-def test_the_canonical_stack_compiles_to_one_kernel_per_coded_leaf(kind, applied):
+@pytest.mark.parametrize(
+    "applied, storage", [(False, "int8"), (True, "int8"), (True, "compact")], ids=str
+)
+def test_the_canonical_stack_compiles_to_one_kernel_per_coded_leaf(kind, applied, storage):
     mesh = described_mesh(kind)
-    program = compiled(canonical(mesh), mesh, P(), applied=applied)
+    program = compiled(canonical(mesh, storage), mesh, P(), applied=applied)
     assert kernels(program) == 1
     assert count(program, "all-gather") == 1  # of the parameter, or of its update
     if applied:  # an update is a float32 array of the leaf's size
