@@ -30,7 +30,7 @@ from adam_jax import not_matching
 from compositions import Composition, Leaf, compositions, small_int8
 from helpers import leaves_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*int8")  # a warning that every leaf is too small
+pytestmark = pytest.mark.filterwarnings("ignore:.*(int8|compact)")  # all leaves are too small
 
 
 one_or_eight = pytest.mark.parametrize(
