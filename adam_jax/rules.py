@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from adam_jax._util.declare import (
     Moment,
     Rule,
-    decaying_max,
+    non_average,
     positive,
     rule,
     running_max,
@@ -117,7 +117,7 @@ def amsgrad_raw(
     return m / (sqrt(v + eps_root) + eps), mu, nu, nu_max
 
 
-@rule(mu=signed, nu=decaying_max.at_least(least_norm))
+@rule(mu=signed, nu=non_average.at_least(least_norm))
 def adamax(g, mu, nu, *, t, b1, b2, eps):
     """Kingma & Ba (2015), Algorithm 2, plus an ε that PyTorch and Optax add to |g|."""
     mu = ema(b1, mu, g)
@@ -152,7 +152,7 @@ def adabelief(g, mu, nu, *, t, b1, b2, eps, eps_root, nesterov=False):
 
 @rule(
     mu=signed.starting_at("initial_accumulator_value"),
-    nu=positive.starting_at("initial_accumulator_value")._replace(average=False),
+    nu=non_average.starting_at("initial_accumulator_value"),
 )
 def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
     """Zaheer et al. (2018), Algorithm 2: nu moves toward g² by (1 - b2)·g², at any distance.

@@ -28,7 +28,7 @@ from adam_jax._engine.split_params import SplitParam
 from adam_jax._engine.state import State, count_fields, state_class
 from adam_jax._engine.transformation import Transformation, transformation_of
 from adam_jax._util import errors
-from adam_jax._util.declare import Option, Rule
+from adam_jax._util.declare import Moment, Option, Rule
 from adam_jax._util.numerics import Decay, decay_rate
 from adam_jax._util.partition_specs import known_shardings
 from adam_jax._util.paths import Key, is_box, keys, map_with_path, rebox, unbox
@@ -48,6 +48,8 @@ class Link:
     rule: Rule
     hyperparams: Mapping[str, ScalarOrSchedule]
     """The rule's hyperparameters."""
+    moments: Mapping[str, Moment]
+    """The rule's moments, with the lower bounds that these hyperparameters give."""
     scalars: Mapping[str, Scalar]
     """The hyperparameters that are Python numbers, converted once."""
     starts: Mapping[str, Numeric]
@@ -63,7 +65,7 @@ class Link:
         """Return the state before the first step."""
         moments = {
             name: _moments.start(self.storage, name, moment, params, self.starts[name])
-            for name, moment in self.rule.moments.items()
+            for name, moment in self.moments.items()
         }
         counts = {name: jnp.zeros([], jnp.int32) for name in self.counts}
         state = self.state(**counts, **moments)
@@ -111,7 +113,19 @@ def link(
     used = {k: values[k] for k in rule.hyperparams}
     scalars = {k: _scalar(k, v) for k, v in used.items() if isinstance(v, (int, float))}
     options = tuple((k, given.get(k, v)) for k, v in rule.options.items())
-    return Link(rule, used, scalars, start, options, storage, state, counts, mask)
+    moments = _with_bounds(rule, scalars) if quantized else rule.moments
+    return Link(rule, used, moments, scalars, start, options, storage, state, counts, mask)
+
+
+def _with_bounds(rule: Rule, scalars: Mapping[str, Scalar]) -> Mapping[str, Moment]:
+    """Return the rule's moments, of which none limits the step with a lower bound of 0."""
+    if rule.hyperparams.keys() - scalars.keys():  # a schedule or an array: unknown
+        return rule.moments
+    with jax.ensure_compile_time_eval():
+        bounds = rule.bounds([jnp.ones(())] * len(rule.moments), scalars)
+        limits = [bound is not None and bool(bound > 0) for bound in bounds]
+    named = zip(rule.moments.items(), limits, strict=True)
+    return {name: m._replace(bounds_step=m.bounds_step and limit) for (name, m), limit in named}
 
 
 def evaluate(hyperparams: Mapping[str, PyTree], count: jax.Array | None) -> dict[str, Scalar]:
@@ -383,7 +397,7 @@ def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTre
         return
     moments = [getattr(state, moment) for moment in link.rule.moments]
     asked = [m for m in moments if _moments.is_in_trees(m)]
-    stored = [x for moment in asked for x in _moments.leaves(moment).values()]
+    stored = [x for moment in asked for x in _moments.leaves(moment, params).values()]
     if stored and not any(map(_moments.is_lossy, stored)):
         warnings.warn(
             f"{name}: storage={_policy.describe_storage(link.storage)} must find a leaf to "

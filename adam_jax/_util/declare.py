@@ -61,9 +61,9 @@ positive: Moment = Moment(signed=False)
 running_max: Moment = Moment(signed=False, average=False, round_down=True)
 """A running maximum, which is never negative. Quantized storage rounds it down."""
 
-decaying_max: Moment = Moment(signed=False, average=False)
-"""A maximum that decays, such as AdaMax's norm. Quantized storage rounds it like an average,
-because rounding down would lower it by one code at every step."""
+non_average: Moment = Moment(signed=False, average=False)
+"""A non-negative moment that isn't an average, such as AdaMax's norm or Yogi's nu. Quantized
+storage rounds it stochastically: rounding down would lower it by one code at every step."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

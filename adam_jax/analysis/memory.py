@@ -122,10 +122,14 @@ def memory_report(tx: optax.GradientTransformation, params: PyTree) -> MemoryRep
     moments = list(stored_moments(state))
     coded = [
         (sum(not _moments.is_lossy(x) for x in leaves), len(leaves))
-        for leaves in (_moments.leaves(m).values() for _, m in moments if _moments.is_in_trees(m))
+        for leaves in (
+            _moments.leaves(m, shapes).values() for _, m in moments if _moments.is_in_trees(m)
+        )
     ]
     below = [s.rest for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
-    of_state = [_row(*moment) for moment in moments] + [_row("bits below", x) for x in below]
+    of_state = [_row(*moment, shapes) for moment in moments] + [
+        _row("bits below", x) for x in below
+    ]
     whole, local = _bytes(state)
     rest = whole - sum(r.bytes for r in of_state), local - sum(r.per_device for r in of_state)
     rows = [
@@ -149,9 +153,9 @@ def _replicated(state: PyTree) -> list[tuple[str, int]]:
     return sorted(replicated, key=lambda leaf: -leaf[1])
 
 
-def _row(part: str, tree: PyTree) -> Row:
+def _row(part: str, tree: PyTree, params: PyTree = None) -> Row:
     """Return a row with the formats of a tree (without scales) and its bytes."""
-    formats = {_format(x) for x in _moments.leaves(tree).values()}
+    formats = {_format(x) for x in _moments.leaves(tree, params).values()}
     return Row(part, ", ".join(sorted(formats, key=len)), *_bytes(tree))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TypeAlias
 
 import jax
@@ -18,6 +18,7 @@ from adam_jax._util import errors
 from adam_jax._util.numerics import abs_sq, arithmetic_dtype
 from adam_jax._util.typing import PyTree
 from adam_jax.storage import _moments
+from adam_jax.storage._reduced import divide_by_mean
 
 COUNTS = ("count", "t", "step_count")
 
@@ -62,7 +63,8 @@ def convert_state(state: PyTree, tx: optax.GradientTransformation, params: optax
             donors.setdefault(_kind(s), []).append(s)
         declared = [moment for _, link in links_of(tx) for moment in link.rule.moments.items()]
         maxima = {name for name, moment in declared if moment.round_down}
-        converted = _convert(fresh, donors, _first_count(state), maxima)
+        encode = functools.partial(_moment, params, maxima)
+        converted = _convert(fresh, donors, _first_count(state), encode)
         unused = [sorted(kind) for kind, s in donors.items() if s and isinstance(kind, frozenset)]
         if unused:
             errors.not_convertible(unused, "which tx does not have")
@@ -74,11 +76,13 @@ def _kind(state: PyTree) -> Kind:
 
 
 def _from_adafactor(state: PyTree, wanted: Collection[Kind], params: optax.Params) -> PyTree:
-    """Convert the state of Optax's Adafactor to Adam's or RMSprop's; it has no mu.
+    """Convert the state of Optax's Adafactor to Adam's or RMSprop's, if `wanted` has one.
 
-    Its averages need no bias correction, and are copied as they are.
+    Rows and columns are copied. mu starts at 0, because Adafactor has none.
     """
-    if not isinstance(state, optax.FactoredState):
+    forms = [frozenset({"mu", "nu"}), frozenset({"nu"})]
+    form = next((form for form in forms if form in wanted), None)
+    if not isinstance(state, optax.FactoredState) or form is None or type(state) in wanted:
         return state
 
     def nu(p: jax.Array, row: jax.Array, column: jax.Array, full: jax.Array) -> jax.Array:
@@ -86,10 +90,10 @@ def _from_adafactor(state: PyTree, wanted: Collection[Kind], params: optax.Param
             return full
         *_, d1, d0 = np.argsort(p.shape)  # row is the mean over d0, column over d1
         row, column = jnp.expand_dims(row, d0), jnp.expand_dims(column, d1)
-        return row / jnp.mean(row, axis=d1, keepdims=True) * column
+        return divide_by_mean(row, d1) * column
 
     moments = {"nu": jax.tree.map(nu, params, state.v_row, state.v_col, state.v)}
-    if frozenset({"mu", "nu"}) in wanted:
+    if "mu" in form:
         moments = {"mu": jax.tree.map(jnp.zeros_like, params), **moments}
     return state_class(tuple(moments), True)(count=state.count, **moments)
 
@@ -103,19 +107,21 @@ def _recentered(state: PyTree, wanted: Collection[Kind]) -> PyTree:
     old, new, sign = ("nu", "variance", -1) if kind == forms[0] else ("variance", "nu", 1)
     values, count = moments(state), _first_count(state)
     other = jax.tree.map(lambda m, v: v + sign * abs_sq(m), values["mu"], values[old])
-    counted = {} if count is None else {"count": count}
-    return state_class(("mu", new), bool(counted))(**counted, mu=values["mu"], **{new: other})
+    fresh = state_class(("mu", new), count is not None)
+    counted = {name: jnp.zeros([], jnp.int32) if count is None else count for name in COUNTS}
+    counted = {name: x for name, x in counted.items() if name in fresh._fields}
+    return fresh(**counted, mu=values["mu"], **{new: other})
 
 
 def _convert(
     node: PyTree,
     donors: dict[Kind, list[PyTree]],
     count: jax.Array | None,
-    maxima: Collection[str],
+    encode: Callable[[str, PyTree, PyTree], PyTree],
 ) -> PyTree:
     """Fill a fresh state, or a container of them, with values from `donors`.
 
-    `maxima` names the moments that are rounded down.
+    encode(name, moment, like) returns a moment in the formats of `like`.
     """
 
     def convert(fresh: PyTree) -> PyTree:
@@ -133,20 +139,22 @@ def _convert(
             given = getattr(donor, name) if name in getattr(donor, "_fields", ()) else None
             copied = given is not None and name not in COUNTS and not named_tuples(old)
             if name in fields or copied:
-                new[name] = _moment(name, given, old, name in maxima)
+                new[name] = encode(name, given, old)
             elif name in COUNTS:
                 given = count if given is None else jax.tree.leaves(given)[0]
                 new[name] = old if given is None else jnp.asarray(given, old.dtype)
             else:
-                new[name] = _convert(old, donors, count, maxima)
+                new[name] = _convert(old, donors, count, encode)
         return type(fresh)(**new)
 
     return jax.tree.map(convert, node, is_leaf=lambda x: hasattr(x, "_fields"))
 
 
-def _moment(name: str, given: PyTree, old: PyTree, round_down: bool) -> PyTree:
-    """Encode the values of `given` in the formats of `old`."""
-    given_leaves, old_leaves = _moments.leaves(given), _moments.leaves(old)
+def _moment(
+    params: PyTree, maxima: Collection[str], name: str, given: PyTree, old: PyTree
+) -> PyTree:
+    """Encode the values of `given` in the formats of `old`; round down if `maxima` has the name."""
+    given_leaves, old_leaves = _moments.leaves(given, params), _moments.leaves(old, params)
     if given_leaves.keys() != old_leaves.keys():
         missing, extra = (
             [path for path, _ in sorted(keys)[:5]]
@@ -163,7 +171,7 @@ def _moment(name: str, given: PyTree, old: PyTree, round_down: bool) -> PyTree:
         got = jnp.shape(_moments.whole(given_leaves[key], shape))
         if got != shape:
             errors.not_convertible([[name]], f"whose {key[0]!r} has shape {got}, but {shape} in tx")
-    new = [_recode(name, round_down, given_leaves[key], x) for key, x in old_leaves.items()]
+    new = [_recode(name, name in maxima, given_leaves[key], x) for key, x in old_leaves.items()]
     return _moments.with_leaves(old, new)
 
 

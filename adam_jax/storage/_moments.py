@@ -153,14 +153,18 @@ def is_in_trees(moment: PyTree) -> TypeGuard[Quantized | Factored | Mean]:
     return isinstance(moment, (Quantized, Factored, Mean))
 
 
-def leaves(moment: PyTree) -> dict[Key, Stored]:
-    """Return the stored leaves of a moment by their keys, without boxes."""
+def leaves(moment: PyTree, params: PyTree = None) -> dict[Key, Stored]:
+    """Return the stored leaves of a moment by their keys, without boxes.
+
+    With the parameters, leaves of a mean that have an axis of size 1 can be distinguished.
+    """
     if not is_in_trees(moment):
         return by_key(moment)
+    shapes = {key: jnp.shape(p) for key, p in by_key(params).items()}
     keys, *others = by_key(moment[0]), *map(jax.tree.leaves, moment[1:])
     kind = type(moment)
     return {
-        key: stored_leaf(kind, *arrays)
+        key: stored_leaf(kind, *arrays, shape=shapes.get(key))
         for key, *arrays in zip(keys, keys.values(), *others, strict=True)
     }
 

@@ -21,6 +21,9 @@ from adam_jax.storage._reduced import FACTORED, Reduction
 MIN_SIZE = 4096
 """Leaves with fewer elements aren't quantized or reduced, unless a storage function requests it."""
 
+MAX_REDUCED_BYTES = 0.5
+"""Leaves whose row and column means take more bytes per element are quantized to int8 instead."""
+
 COMPACT = "compact"
 """The name of int8 for signed moments, with averages factored if that can't make a step large."""
 
@@ -62,28 +65,24 @@ def format_of(storage: Storage, name: str, declared: Moment, path: KeyPath, leaf
     return default if lossy and not isinstance(storage, np.dtype) else kept
 
 
-MAX_REDUCED_BYTES = 0.5
-"""Leaves whose row and column means take more bytes per element are quantized to int8 instead."""
-
-
 def choose(storage: Storage, name: str, declared: Moment) -> Storage:
     """Return the format that `storage`, which isn't a function, gives to a moment.
 
     A mean is possible for non-negative averages only. Other moments keep the default, unless
     `storage` names them. "compact" factors an average if its lower bound limits the step.
     """
-    by_name = isinstance(storage, Mapping)
+    explicitly = False
     if isinstance(storage, Mapping):
-        by_name = name in storage or (declared.signed and "signed" in storage)
+        explicitly = name in storage or (declared.signed and "signed" in storage)
         storage = storage.get(name, storage.get("signed" if declared.signed else "positive"))
     if is_name(storage, COMPACT):
         return FACTORED.name if declared.bounds_step else "int8"
     if not is_reduction(storage) or (declared.average and not declared.signed):
         return storage
-    if by_name:
+    if explicitly:
         why = "is signed: its mean says little about an element"
         if not declared.signed:
-            why = "isn't an average: the mean of maxima isn't the maximum of means"
+            why = "isn't an average: its mean isn't the same moment of the means"
         raise errors.value_error(
             f"storage must not reduce {name} to {describe_storage(storage)}, because it {why}; "
             f"use 'int8' for {name}, or storage='compact'"
@@ -104,11 +103,12 @@ def _can_quantize(leaf: PyTree) -> bool:
 def may_quantize(storage: Storage, moments: Collection[str]) -> bool:
     """Whether any of these moments may be quantized."""
     if isinstance(storage, Mapping):
-        return any(_may_be_coded(storage.get(name)) for name in (*moments, *KINDS))
-    return bool(moments) and (_may_be_coded(storage) or is_function(storage))
+        return any(_may_quantize(storage.get(name)) for name in (*moments, *KINDS))
+    return bool(moments) and (_may_quantize(storage) or is_function(storage))
 
 
-def _may_be_coded(storage: Storage) -> bool:
+def _may_quantize(storage: Storage) -> bool:
+    """Whether a format quantizes leaves; "factored" quantizes those that it doesn't fit."""
     return is_format(storage) or is_name(storage, COMPACT) or is_name(storage, FACTORED.name)
 
 
@@ -128,7 +128,8 @@ def unquantized(storage: Storage, name: str, because: str) -> Storage:
 
     if isinstance(storage, Mapping) and is_lossy(storage.get(name)):
         raise errors.value_error(
-            f"storage={storage!r} must not quantize {name}, {because}; give it a dtype"
+            f"storage={describe_storage(storage)} must store {name} exactly, {because}; give it a "
+            f"dtype"
         )
     if is_function(storage):
         function: PyTree = storage
@@ -186,8 +187,9 @@ def check_format(storage: Storage) -> PyTree:
     if dtype is None:
         listed = ", ".join(map(repr, names()))
         raise errors.value_error(
-            f"storage must be one of {listed}, 'float64', or a complex dtype, a mapping from "
-            f"moments to these, or a function (path, leaf) that returns these, got {storage!r}"
+            f"storage must be one of {listed}, 'float64', a complex dtype, or storage.mean(axis), "
+            f"a mapping to these from moments or from 'signed' and 'positive', or a function "
+            f"(path, leaf) that returns these, got {storage!r}"
             f"{_underflow_advice(storage)}"
         )
     return jax.dtypes.canonicalize_dtype(dtype)
@@ -223,6 +225,8 @@ def with_dtype(storage: Storage, moment: str, argument: str, dtype: DType) -> St
             f"{argument} must be float32, bfloat16, float64, or a complex dtype, "
             f"got {requested!r}; for other formats use storage= ({', '.join(names())})"
         )
+    if is_reduction(storage):
+        return {"positive": storage, moment: dtype}
     given = storage.get(moment, storage.get("signed")) if isinstance(storage, Mapping) else storage
     agrees = given is None or (not _is_choice(given) and check_format(given) == dtype)
     if not agrees:

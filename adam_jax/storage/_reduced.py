@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class MeanLeaf(NamedTuple):
 ReducedLeaf = FactoredLeaf | MeanLeaf
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Reduction:
     """A format that stores means over axes; see `mean`.
 
@@ -67,6 +68,9 @@ class Reduction:
 
     name: str
     axes: tuple[tuple[int, ...], ...]
+
+    def __repr__(self) -> str:
+        return self.name
 
     def shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
         """Return the shapes of the arrays that store a leaf."""
@@ -91,7 +95,8 @@ def mean(axis: int | Sequence[int]) -> Reduction:
     """Return the format that stores the mean of a non-negative moment over axes.
 
     Mean over -1 keeps one number per row, as SlimAdam and Adam-mini do for some leaves. Leaves with
-    fewer than two axes, with fewer than 4096 elements, or without the axis aren't reduced.
+    fewer than two axes or without the axis aren't reduced, nor are leaves with fewer than 4096
+    elements, unless a storage function returns this format.
 
     Args:
       axis: an axis, or several.
@@ -105,9 +110,11 @@ def mean(axis: int | Sequence[int]) -> Reduction:
     >>> tx.init({"w": jnp.ones((64, 128))})[0].nu.values["w"].shape
     (64, 1)
     """
-    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
-    if not all(isinstance(a, int) and not isinstance(a, bool) for a in axes):
-        raise TypeError(f"mean: axis must be an integer or a tuple of integers, got {axis!r}")
+    try:
+        axes = tuple(map(operator.index, axis if isinstance(axis, Sequence) else (axis,)))
+    except TypeError:
+        message = f"mean: axis must be an integer or a tuple of integers, got {axis!r}"
+        raise TypeError(message) from None
     if not axes or len(set(axes)) < len(axes):
         raise ValueError(f"mean: axis must be one axis or several different ones, got {axis!r}")
     return Reduction(f"mean({axis})", (axes,))
@@ -125,10 +132,13 @@ def normalize(stored: ReducedLeaf) -> ReducedLeaf:
     """Divide row means by their mean, so that the leaf is their product with the column means."""
     if isinstance(stored, MeanLeaf):
         return stored
-    total = jnp.mean(stored.rows, axis=-2, keepdims=True)
-    positive = total > 0
-    rows = jnp.where(positive, stored.rows / jnp.where(positive, total, 1), 0)
-    return stored._replace(rows=jnp.where(jnp.isnan(total), jnp.nan, rows))
+    return stored._replace(rows=divide_by_mean(stored.rows, -2))
+
+
+def divide_by_mean(x: jax.Array, axis: int) -> jax.Array:
+    """Divide x ≥ 0 by its mean over an axis; where the mean is 0, the quotient is 0."""
+    total = jnp.mean(x, axis=axis, keepdims=True)
+    return jnp.where(total == 0, 0, x / jnp.where(total == 0, 1, total))
 
 
 def decode(normalized: ReducedLeaf, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -140,7 +150,8 @@ def decode(normalized: ReducedLeaf, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def encode(x: jax.Array, stored: ReducedLeaf) -> ReducedLeaf:
     """Return the means of x in the shapes of `stored`."""
-    return means(sums(x, stored), x.shape)
+    new = means(sums(x, stored), x.shape)
+    return type(stored)(*(a.astype(b.dtype) for a, b in zip(new, stored, strict=True)))
 
 
 def sums(x: jax.Array, stored: ReducedLeaf) -> ReducedLeaf:

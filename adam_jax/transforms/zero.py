@@ -41,9 +41,10 @@ def state_sharding(
     Args:
       tx: any Optax transformation, including chains and `zero1`.
       params: arrays or `jax.ShapeDtypeStruct`s, with shardings unless specs are given.
-      specs: PartitionSpecs of the parameters, or of subtrees of them. mesh: the mesh of the specs;
-        by default, the mesh of the parameters. memory_kind: the memory for the state, such as
-        "pinned_host" for host memory; by default, device memory.
+      specs: PartitionSpecs of the parameters, or of subtrees of them.
+      mesh: the mesh of the specs; by default, the mesh of the parameters.
+      memory_kind: the memory for the state, such as "pinned_host" for host memory; by default,
+        device memory.
 
     Returns:
       a tree like the state, with a `NamedSharding` for each leaf.

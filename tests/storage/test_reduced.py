@@ -243,6 +243,27 @@ def test_a_mean_needs_different_axes(axis, error):
         storage.mean(axis)
 
 
+def test_compact_factors_only_if_the_floor_limits_the_step():
+    """For b1² ≥ b2, mu gives no lower bound, and factored steps reach 1,000 learning rates."""
+    for b2, kind in ((0.95, storage.Factored), (0.8, storage.Quantized)):
+        tx = adam_jax.scale_by_adam(b1=0.9, b2=b2, storage="compact")
+        assert isinstance(tx.init(jnp.zeros((64, 128))).nu, kind)
+
+
+def test_mu_dtype_goes_with_a_format_of_nu():
+    state = adam_jax.adamw(1e-3, mu_dtype="bfloat16", storage="factored").init(jnp.zeros((64, 128)))
+    assert state[0].mu.dtype == jnp.bfloat16 and isinstance(state[0].nu, storage.Factored)
+
+
+def test_a_leaf_that_a_mean_does_not_fit_stays_as_it_is():
+    params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros((1, 64), jnp.bfloat16)}
+    tx = adam_jax.adamw(1e-3, storage=MEAN)
+    state = tx.init(params)
+    converted = adam_jax.convert_state(state, tx, params)
+    assert converted[0].nu.values["b"].dtype == state[0].nu.values["b"].dtype == jnp.bfloat16
+    assert adam_jax.memory_report(tx, params).uncoded == (1, 2)
+
+
 def test_a_function_may_not_mix_a_mean_with_other_formats():
     tx = adam_jax.rmsprop(1e-3, storage=lambda path, _: "int8" if path == "a" else storage.mean(-1))
     with pytest.raises(ValueError, match="one kind of format"):
@@ -379,3 +400,13 @@ def test_a_run_of_adafactor_continues():
     np.testing.assert_allclose(nu.columns["w"][0], state.v_col["w"], rtol=1e-5)
     np.testing.assert_allclose(nu.columns["tall"][0], state.v_row["tall"], rtol=1e-5)
     np.testing.assert_allclose(nu.rows["b"], state.v["b"], rtol=1e-6)
+
+
+def test_a_fresh_adafactor_converts_and_adafactor_stays_adafactor():
+    params = {"w": jnp.zeros((64, 128))}
+    adafactor = optax.adafactor(1e-3, min_dim_size_to_factor=32)
+    fresh = adafactor.init(params)
+    nu = adam_jax.convert_state(fresh, adam_jax.adamw(1e-3, storage="compact"), params)[0].nu
+    assert not np.any(nu.rows["w"])
+    same = adam_jax.convert_state(fresh, adafactor, params)
+    assert jax.tree.structure(same) == jax.tree.structure(fresh)
