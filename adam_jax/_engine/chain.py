@@ -387,7 +387,7 @@ class _StepScalars(NamedTuple):
 
 
 def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTree) -> None:
-    """Warn if `storage` names a quantized format that fits no leaf.
+    """Warn if `storage` names a lossy format that fits no leaf.
 
     Under a mask, as in `groups`, don't warn: the format may fit a hidden leaf.
     """

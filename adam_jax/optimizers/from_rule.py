@@ -34,8 +34,8 @@ def scale_by_rule(
         reduced, unless a function returns the format.
       implementation: how a leaf's step is executed. "xla" leaves it to XLA; "stream" runs it in
         tiles, in place; "pallas" runs it in a kernel, compiled on GPUs and TPUs and interpreted on
-        CPUs, which is slow; "auto" uses a kernel (tiles on CPUs) for quantized moments, and "xla"
-        otherwise.
+        CPUs, which is slow; "auto" uses a kernel (tiles on CPUs) for quantized or reduced moments,
+        and "xla" otherwise.
       **hyperparams: the rule's hyperparameters: numbers, scalar arrays, or schedules of the step
         count; required unless they have defaults.
 

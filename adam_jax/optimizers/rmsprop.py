@@ -48,7 +48,7 @@ def scale_by_stddev(
 ) -> Link:
     """Return the direction of `rmsprop` with centered=True: g / √(nu - mu² + eps).
 
-    With storage="bfloat16" or "int8", the state has `variance`, nu - mu², in place of nu.
+    In storage other than float32 or float64, the state has `variance`, nu - mu², in place of nu.
 
     >>> tx = scale_by_stddev(decay=0.99)
     """
