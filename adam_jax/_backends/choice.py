@@ -16,7 +16,7 @@ from adam_jax.storage._moments import any_lossy
 
 
 def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
-    """Run steps of lossy state in a kernel or in tiles, and others in XLA, which fuses them well."""
+    """Run steps of lossy state in a kernel or in tiles, and others in XLA, which fuses well."""
     platform = step.platform
     if not any_lossy(operands.moments):
         return xla.execute_leaf(step, operands, sharding)

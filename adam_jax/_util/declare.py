@@ -125,7 +125,7 @@ def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
     Args:
       **moments: `signed`, `positive`, or `running_max`, keyed by the name of the state's field.
         `.starting_at(…)` sets a start other than 0, and `.at_least(…)` sets a lower bound for
-        quantized storage.
+        lossy storage.
 
     Raises:
       TypeError: the function's arguments aren't the gradient and the declared moments in order.
