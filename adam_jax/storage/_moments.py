@@ -16,7 +16,7 @@ from adam_jax._util import errors
 from adam_jax._util.declare import Moment
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.partition_specs import drop_indivisible
-from adam_jax._util.paths import Key, by_key, is_box, rebox, unbox
+from adam_jax._util.paths import Key, by_key, is_box, rebox, rebox_reduced, unbox
 from adam_jax._util.typing import KeyPath, Numeric, PyTree
 from adam_jax.storage import _blockwise, _dense, _reduced
 from adam_jax.storage._blockwise import Code, Quantized, QuantizedLeaf
@@ -284,6 +284,9 @@ def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: 
     ]
     if kind is None:
         return treedef.unflatten(first)
+    if kind is not Quantized:  # whose scales have had no boxes since the first version
+        made = [(box, [rebox_reduced(box, x) for x in xs]) for box, xs in made]
+        first = [xs[0] if is_box(xs[0]) else x for (_, xs), x in zip(made, first, strict=True)]
     others = [[xs[k] for _, xs in made] for k in range(1, len(kind._fields))]
     return kind(*map(treedef.unflatten, (first, *others)))
 

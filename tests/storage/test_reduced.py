@@ -413,3 +413,14 @@ def test_a_fresh_adafactor_converts_and_adafactor_stays_adafactor():
     assert not np.any(nu.rows["w"])
     same = adam_jax.convert_state(fresh, adafactor, params)
     assert jax.tree.structure(same) == jax.tree.structure(fresh)
+
+
+def test_rows_and_columns_keep_the_axis_names_of_linen():
+    nn = pytest.importorskip("flax.linen")
+    params = {"w": nn.Partitioned(jnp.ones((64, 128)), names=("embed", "mlp"))}
+    tx = adam_jax.adamw(1e-3, storage="compact")
+    state = tx.init(params)
+    specs = nn.get_partition_spec(state)[0].nu
+    assert specs.rows["w"] == P("embed", None) and specs.columns["w"] == P(None, "mlp")
+    _, new = tx.update(params, state, params)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
