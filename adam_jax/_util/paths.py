@@ -52,13 +52,13 @@ def rebox(box: PyTree, content: PyTree) -> PyTree:
     return structure.unflatten([content] * structure.num_leaves)
 
 
-def rebox_reduced(box: PyTree, content: jax.Array) -> PyTree:
+def rebox_reduced(box: PyTree, content: PyTree) -> PyTree:
     """Return `content` in a box like Linen's `box`, without names for axes of another size.
 
     Boxes of another rank, and NNX's, have metadata that doesn't fit: these return the content.
     """
-    names, shape = getattr(box, "names", None), getattr(unbox(box), "shape", ())
-    if not is_box(box) or not hasattr(box, "replace_boxed") or len(names or ()) != len(shape):
+    names, shape = getattr(box, "names", ()) or (), getattr(unbox(box), "shape", ())
+    if not is_box(box) or not hasattr(box, "replace_boxed") or len(names) != len(shape):
         return content
     kept = [n if a == b else None for n, a, b in zip(names, content.shape, shape, strict=True)]
     return box.replace(names=tuple(kept)).replace_boxed(content)
