@@ -259,7 +259,7 @@ def dtypes(operands: PyTree) -> list[np.dtype]:
 def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: Numeric) -> PyTree:
     """Return the initial moment, in several trees if any leaf may be quantized or reduced."""
 
-    def arrays(path: KeyPath, leaf: PyTree) -> Sequence[jax.Array]:
+    def arrays(path: KeyPath, leaf: PyTree) -> list[jax.Array]:
         kept = format_of(storage, name, declared, path, leaf)
         kinds.add(type(kept) if not isinstance(kept, Reduction) else _kind(kept))
         if isinstance(kept, Reduction):
@@ -271,8 +271,7 @@ def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: 
             magnitude = jnp.abs(jnp.asarray(value, jnp.float32))
             scales = jnp.full(_blockwise.scales_shape(leaf.shape, kept.block), magnitude)
             return [jnp.full_like(leaf, code, dtype=kept.dtype), _shard_like(scales, leaf)]
-        values = jnp.full_like(leaf, jnp.asarray(value).astype(kept), dtype=kept)
-        return [values, jnp.ones((*np.shape(leaf)[:-1], 1), jnp.float32)]
+        return [jnp.full_like(leaf, jnp.asarray(value).astype(kept), dtype=kept)]
 
     kinds: set[PyTree] = set()
     boxed, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
@@ -284,6 +283,9 @@ def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: 
     ]
     if kind is None:
         return treedef.unflatten(first)
+    for _, xs in made:
+        if len(xs) < len(kind._fields):  # a placeholder for a leaf that stays as it is
+            xs.append(jnp.ones((*xs[0].shape[:-1], 1), jnp.float32))
     if kind is not Quantized:  # whose scales have had no boxes since the first version
         made = [(box, [rebox_reduced(box, x) for x in xs]) for box, xs in made]
         first = [xs[0] if is_box(xs[0]) else x for (_, xs), x in zip(made, first, strict=True)]
