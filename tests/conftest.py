@@ -21,6 +21,7 @@ hypothesis.settings.register_profile("unhurried", deadline=None)  # the first ex
 hypothesis.settings.load_profile("unhurried")
 
 gc.set_threshold(200_000, 50, 1000)  # traces are many small objects that live long
+jax.config.update("jax_traceback_in_locations_limit", 0)  # lowering records them for each operation
 
 
 def pytest_configure(config: pytest.Config):

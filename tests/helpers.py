@@ -69,6 +69,14 @@ TYPICAL = ("adam", "amsgrad", "stable_adamw", "trace")
 typical_rules = pytest.mark.parametrize("name", TYPICAL)
 
 
+def other_rules_slowly(names):
+    """Return the parameters of a test of the engine: by default it runs for the typical rules."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        "name", [name if name in TYPICAL else pytest.param(name, marks=slow) for name in names]
+    )
+
+
 def defaults(name):
     """Return the hyperparameters of a rule's reference that have defaults."""
     return {

@@ -6,25 +6,25 @@ operations that kernels lack (`expm1`, sums of series).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import JaxprEqn, Literal, jaxpr_as_fun
 
 
 class Halves(NamedTuple):
     """A split computation: scalars = front(*small), then results = rest(*scalars, *large)."""
 
     front: Callable[..., Sequence[jax.Array]]
-    rest: Callable[..., Sequence[jax.Array]]
+    rest: Any
+    """A closed jaxpr."""
 
 
-def hoist(closed: Any, num_small: int, drop: Collection[str]) -> Halves:
+def hoist(closed: Any, num_small: int) -> Halves:
     """Split a computation whose first `num_small` operands are the same for all tiles.
 
-    `closed` comes from `jax.make_jaxpr`; its class differs between jax 0.10 and 0.12. `rest`
-    omits the primitives named in `drop`, which must return their operands unchanged.
+    `closed` comes from `jax.make_jaxpr`; its class differs between jax 0.10 and 0.12.
     """
     jaxpr = closed.jaxpr
     small_vars, large_vars = jaxpr.invars[:num_small], jaxpr.invars[num_small:]
@@ -51,32 +51,11 @@ def hoist(closed: Any, num_small: int, drop: Collection[str]) -> Halves:
             raise NotImplementedError(f"a kernel can't use a constant array, got {v.aval}")
 
     front_jaxpr = jaxpr.replace(invars=small_vars, outvars=passed, eqns=front[::-1])
-    eqns, outvars = _without(drop, rest[::-1], jaxpr.outvars)
-    rest_jaxpr = jaxpr.replace(
-        constvars=[], invars=[*passed, *large_vars], outvars=outvars, eqns=eqns
-    )
+    rest_jaxpr = jaxpr.replace(constvars=[], invars=[*passed, *large_vars], eqns=rest[::-1])
     return Halves(
         jaxpr_as_fun(closed.replace(jaxpr=front_jaxpr)),
-        jaxpr_as_fun(closed.replace(jaxpr=rest_jaxpr, consts=[])),
+        closed.replace(jaxpr=rest_jaxpr, consts=[]),
     )
-
-
-def _without(
-    drop: Collection[str], eqns: Sequence[JaxprEqn], outvars: Sequence[Any]
-) -> tuple[list[JaxprEqn], list[Any]]:
-    """Drop the primitives named in `drop`, and replace their results by their operands."""
-    replacement: dict[Var, Any] = {}
-
-    def replaced(atoms: Iterable[Any]) -> list[Any]:
-        return [x if isinstance(x, Literal) else replacement.get(x, x) for x in atoms]
-
-    kept = []
-    for eqn in eqns:
-        if eqn.primitive.name in drop:
-            replacement.update(zip(eqn.outvars, replaced(eqn.invars), strict=True))
-        else:
-            kept.append(eqn.replace(invars=replaced(eqn.invars)))
-    return kept, replaced(outvars)
 
 
 def _variables(atoms: Iterable[Any]) -> list[Any]:

@@ -10,18 +10,27 @@ Pallas.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding
 
-from adam_jax._backends import tiled, tiles, unaligned
+from adam_jax._backends import stages, tiled, tiles, unaligned
 from adam_jax._backends.hoist import hoist
 from adam_jax._backends.kernel_call import kernel_call, unsupported
 from adam_jax._backends.per_shard import Shard, per_shard
+from adam_jax._backends.rewrite import (
+    Rewriting,
+    as_extremum,
+    as_product,
+    rewrite,
+    without_barrier,
+)
 from adam_jax._backends.step import (
     Aliased,
     Extent,
@@ -51,9 +60,16 @@ def _load(ref: Any, mask: Mask) -> jax.Array:
     return ref[...]
 
 
-def _store(ref: Any, x: jax.Array, mask: Mask) -> None:
+def _store(ref: Any, x: jax.Array, mask: Mask, at: Any) -> None:
     del mask
-    ref[...] = x
+    ref[at] = x
+
+
+_SIMPLER: Mapping[str, Rewriting] = {
+    "optimization_barrier": without_barrier,
+    "select_n": as_extremum,
+    "div": as_product,
+}
 
 
 class Target(NamedTuple):
@@ -67,10 +83,12 @@ class Target(NamedTuple):
     """The number of elements in a tile → the compiler's parameters, whose class selects it."""
     load: Callable[[Any, Mask], jax.Array] = _load
     """Reads a tile: (ref, mask) → array. The default leaves masking to the compiler."""
-    store: Callable[[Any, jax.Array, Mask], None] = _store
-    """Writes a tile: (ref, array, mask)."""
-    drop: Collection[str] = ("optimization_barrier",)
-    """Primitives to drop, which only XLA needs."""
+    store: Callable[[Any, jax.Array, Mask, Any], None] = _store
+    """Writes a tile, or a part of it: (ref, array, mask, index)."""
+    rewritings: Mapping[str, Rewriting] = _SIMPLER
+    """Other ways to compute primitives."""
+    scratch: Callable[[tuple[int, int]], Any] | None = None
+    """The shape of a tile → a float32 array in its memory, if tiles are computed in slices."""
     interpret: bool = False
 
 
@@ -79,7 +97,7 @@ def interpreted() -> Target:
 
     It needs no masks, because the interpreter pads arrays to whole tiles and crops results.
     """
-    return Target(tiles.for_registers, pl.BlockSpec(), drop=(), interpret=True)
+    return Target(tiles.for_registers, pl.BlockSpec(), rewritings={}, interpret=True)
 
 
 def triton() -> Target:
@@ -94,7 +112,12 @@ def mosaic() -> Target:
     from jax.experimental.pallas import tpu
 
     memory = pl.BlockSpec(memory_space=tpu.SMEM)
-    return Target(tiles.for_vectors, memory, lambda _: tpu.CompilerParams())
+
+
+    def scratch(shape: tuple[int, int]) -> Any:
+        return tpu.VMEM(shape, jnp.float32)
+
+    return Target(tiles.for_vectors, memory, lambda _: tpu.CompilerParams(), scratch=scratch)
 
 
 TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
@@ -210,9 +233,12 @@ def _call(
         flat_shared, (i, *parts) = operands[: len(scalars)], operands[len(scalars) :]
         return jax.tree.leaves(compute(i, parts, tree.unflatten(flat_shared)))
 
+    operands = (*scalars, i, *tile_types)
     try:
-        jaxpr = jax.make_jaxpr(flat)(*scalars, i, *tile_types)
-        front, rest = hoist(jaxpr, len(scalars), target.drop)
+        jaxpr = jax.make_jaxpr(flat)(*operands)
+        for rewritings in ({}, target.rewritings):  # the first pass inlines calls
+            jaxpr = _retrace(functools.partial(rewrite, jaxpr, rewritings=rewritings), operands)
+        front, rest = hoist(jaxpr, len(scalars))
     except NotImplementedError as error:
         raise unsupported(grid.shape, error) from error
     hoisted = front(*scalars)
@@ -221,23 +247,36 @@ def _call(
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     sums = {j: grid.sums(x) for j, x in enumerate(outputs) if isinstance(x, Extent)}
     replaced = {j: k for j, k in enumerate(outputs) if not isinstance(k, Extent)}
+    in_slices = target.scratch is not None and stages.fits(kinds, grid.columns)
+    plan = stages.plan(rest.jaxpr, grid.columns) if in_slices else None
+    scratch = [target.scratch((grid.rows, grid.columns)) for _ in plan.kept] if plan else []
 
     def kernel(*refs: Any) -> None:
-        refs_in = refs[len(vectors) : len(vectors) + len(arrays)]
-        refs_out = refs[len(vectors) + len(arrays) :]
+        counts = itertools.accumulate([len(vectors), len(arrays), len(outputs)])
+        a, b, c = counts
         i = pl.program_id(0)
-
         masks = [functools.partial(grid.mask, i, extent) for extent in kinds]
-        parts = [target.load(*pair) for pair in zip(refs_in, masks, strict=True)]
-        results = rest(*_unpack(refs[: len(vectors)], hoisted), i, *parts)
-        for j, (ref, x) in enumerate(zip(refs_out, results, strict=True)):
+
+        def read(k: int) -> jax.Array:
+            return target.load(refs[a + k], masks[k])
+
+        def write(j: int, x: jax.Array, at: Any = ...) -> None:
+            ref = refs[b + j]
             if j in replaced:
-                target.store(ref, x, masks[replaced[j]])
-                continue
+                target.store(ref, x, masks[replaced[j]], at)
+                return
             is_first = sums[j].is_first
             if is_first is not None:
-                x = jnp.where(is_first(i), x, ref[...] + x)
-            target.store(ref, x, functools.partial(grid.mask, i, sums[j].extent))
+                x = jnp.where(is_first(i), x, ref[at] + x)
+            target.store(ref, x, functools.partial(grid.mask, i, sums[j].extent), at)
+
+        given = [*_unpack(refs[:a], hoisted), i]
+        if plan:
+            stages.run(plan, given, refs[a:b], write, refs[c:])
+            return
+        results = jaxpr_as_fun(rest)(*given, *map(read, range(len(arrays))))
+        for j, x in enumerate(results):
+            write(j, x)
 
     call = pl.pallas_call(
         kernel,
@@ -246,11 +285,16 @@ def _call(
         out_specs=[sums[j].spec if j in sums else specs[replaced[j]] for j in range(len(outputs))],
         out_shape=[sums[j].type if j in sums else types[replaced[j]] for j in range(len(outputs))],
         input_output_aliases={len(vectors) + k: j for j, k in replaced.items()},
+        scratch_shapes=scratch,
         compiler_params=target.compiler(grid.rows * grid.columns),
         interpret=target.interpret,
         name="adam_jax_step",
     )
     return kernel_call(call, grid.shape)(*vectors, *arrays)
+
+
+def _retrace(function: Callable[..., Any], operands: Sequence[Any]) -> Any:
+    return jax.make_jaxpr(lambda *xs: function(operands=xs))(*operands)
 
 
 def _pack(scalars: Sequence[jax.Array]) -> list[jax.Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from adam_jax._backends.step import Extent
-from adam_jax.storage._blockwise import split_blocks
+from adam_jax.storage._blockwise import block_absmax
 
 
 class Grid(NamedTuple):
@@ -128,14 +128,9 @@ class Grid(NamedTuple):
 
     def block_absmax(self, i: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
         """Return a function that computes block maxima and ignores elements outside the leaf."""
-
-        def largest(magnitudes: jax.Array, block: int) -> jax.Array:
-            if self.shape[-1] % self.columns:
-                inside = self._columns(self.at(i)[-1], 1) < self.shape[-1]
-                magnitudes = jnp.where(inside, magnitudes, 0)
-            return jnp.max(split_blocks(magnitudes, min(block, self.columns)), axis=-1)
-
-        return largest
+        is_ragged = self.shape[-1] % self.columns != 0
+        width = self.shape[-1] - self.at(i)[-1] * self.columns if is_ragged else None
+        return lambda x, block: block_absmax(x, width, block=min(block, self.columns))
 
     def _rows(self, tile: jax.Array) -> jax.Array:
         return tile * self.rows + jax.lax.broadcasted_iota(jnp.int32, (self.rows, 1), 0)

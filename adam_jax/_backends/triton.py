@@ -20,10 +20,10 @@ def load(ref: Any, mask: Callable[[], jax.Array | None]) -> jax.Array:
     return ref[...] if inside is None else triton.load(ref, mask=inside)
 
 
-def store(ref: Any, x: jax.Array, mask: Callable[[], jax.Array | None]) -> None:
+def store(ref: Any, x: jax.Array, mask: Callable[[], jax.Array | None], at: Any) -> None:
     """Write the elements of a tile that the mask selects."""
     inside = mask()
     if inside is None:
-        ref[...] = x
+        ref[at] = x
     else:
         triton.store(ref, x, mask=inside)

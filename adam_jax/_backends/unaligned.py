@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from adam_jax._backends.per_shard import Shard
 from adam_jax._backends.step import Operands, Part, Result, Step, complete
-from adam_jax.storage._blockwise import QuantizedLeaf, absmax
+from adam_jax.storage._blockwise import QuantizedLeaf, absmax, magnitudes
 from adam_jax.storage._moments import Stored, block_size
 
 
@@ -35,8 +35,8 @@ def execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
         whole = empty.at[..., block_index(block)].max(largest)
         return jax.lax.pmax(whole, shard.unaligned)
 
-    def block_absmax(magnitudes: jax.Array, block: int) -> jax.Array:
-        largest = absmax(magnitudes, math.gcd(columns, block))
+    def block_absmax(x: jax.Array, block: int) -> jax.Array:
+        largest = absmax(magnitudes(x), math.gcd(columns, block))
         return across_devices(largest, block)[..., block_index(block)]
 
     def to_parts(x: Stored) -> Stored:

@@ -22,7 +22,7 @@ from adam_jax._util.typing import PyTree
 from adam_jax.storage import _moments
 from adam_jax.storage._blockwise import QuantizedLeaf, at_most
 from adam_jax.storage._moments import BlockAbsmax, Stored
-from adam_jax.storage._random_bits import random_bits
+from adam_jax.storage._random_bits import random_bits, second_bits
 from adam_jax.storage._reduced import means, normalize, sums
 
 Stages: TypeAlias = tuple[tuple[Rule, tuple[tuple[str, Option], ...]] | None, ...]
@@ -197,9 +197,10 @@ def _encode(
     whether the gradient is finite. Without one, this costs three instructions per element.
     """
     encoded: dict[str, Stored] = {}
+    bits_of = _bits_of_pairs(list(rule.moments), functools.partial(draw, seeds))
     for (name, moment), x, stored in zip(rule.moments.items(), new, old, strict=True):
         random = not moment.round_down and _moments.needs_random_bits(stored)
-        bits = draw(seeds, name) if random else None
+        bits = bits_of(name) if random else None
         finite = None if moment.signed else _signed_in_same_blocks(rule, encoded, stored)
         if _moments.is_reduced(stored):
             # no sum overflows, and a gradient that isn't finite makes NaN
@@ -208,12 +209,30 @@ def _encode(
             continue
         if _moments.is_quantized(stored) and not moment.signed and finite is None:
             x = _moments.finite(x) + 0 * received  # 0·Inf is NaN
-        options = {"round_down": moment.round_down, "saturate": finite is not None}
+        options = {
+            "signed": moment.signed,
+            "round_down": moment.round_down,
+            "saturate": finite is not None,
+        }
         x = _moments.encode(x, stored, bits, block_absmax, **options)
         if finite is not None and _moments.is_quantized(x):
             x = _moments.with_nan_blocks(x, finite)
         encoded[name] = x
     return tuple(encoded.values())
+
+
+def _bits_of_pairs(
+    names: Sequence[str], draw: Callable[[str], jax.Array | None]
+) -> Callable[[str], jax.Array | None]:
+    """Return a function from a moment's name to its random bits; two moments share a draw."""
+    draw = functools.cache(draw)
+
+    def bits(name: str) -> jax.Array | None:
+        k = names.index(name)
+        drawn = draw(names[k - k % 2])
+        return second_bits(drawn) if k % 2 and drawn is not None else drawn
+
+    return bits
 
 
 def _signed_in_same_blocks(

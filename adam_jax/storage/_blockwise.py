@@ -7,12 +7,14 @@ block. So the parameter's PartitionSpec fits both, and shapes and dtypes determi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from adam_jax._util.numerics import TINY
 from adam_jax._util.typing import PyTree
 
 
@@ -69,6 +71,18 @@ class Code:
     round_down: Callable[[jax.Array], jax.Array] | None = None
 
 
+class Options(NamedTuple):
+    """How to encode a moment."""
+
+    signed: bool = True
+    """Otherwise, no positive number becomes 0."""
+    round_down: bool = False
+    """Whether to round everything down if the code can."""
+    saturate: bool = False
+    """Whether to replace an Inf scale by the largest finite number, because the square of a finite
+    gradient overflows above 1.8e19."""
+
+
 def scales_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
     """Return the shape of the scales of an array with this shape."""
     return (*shape[:-1], -(-shape[-1] // block))
@@ -77,7 +91,7 @@ def scales_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
 def decode(code: Code, stored: QuantizedLeaf) -> jax.Array:
     """Return the moment in float32."""
     y = code.decode(stored.codes)
-    return y * _per_element(stored.scales, stored.elements_per_scale, y.shape[-1])
+    return y * per_element(stored.scales, stored.elements_per_scale, y.shape[-1])
 
 
 def encode(
@@ -85,33 +99,27 @@ def encode(
     x: jax.Array,
     draw: jax.Array,
     block: int,
-    block_absmax: Callable[[jax.Array], jax.Array] | None = None,
-    *,
-    down: bool = False,
-    saturate: bool = False,
+    block_absmax: Callable[[jax.Array], jax.Array] | None,
+    options: Options,
 ) -> QuantizedLeaf:
     """Encode x, keeping block maxima exact; an Inf or NaN makes its block NaN.
 
-    `block_absmax` computes each block's largest magnitude if x has only parts of blocks. `down`
-    rounds everything down if the code can. `saturate` replaces an Inf scale by the largest finite
-    number, because the square of a finite gradient overflows above 1.8e19.
+    `block_absmax` computes each block's largest magnitude if x is only a part of the leaf.
     """
     n = x.shape[-1]
-    magnitudes = _magnitudes(x)
-    block_max = absmax(magnitudes, block) if block_absmax is None else block_absmax(magnitudes)
-    if saturate:
+    block_max = absmax(magnitudes(x), block) if block_absmax is None else block_absmax(x)
+    if options.saturate:
         block_max = jnp.where(block_max == jnp.inf, jnp.finfo(block_max.dtype).max, block_max)
-    round_down = code.round_down if down else None
+    round_down = code.round_down if options.round_down else None
     # coarse scales seldom change; while they don't, rounding down a second time changes nothing
     scales = _round_up_scale(block_max) if round_down else block_max
     scales = jnp.where(jnp.isfinite(block_max), scales, jnp.nan)
-    # slightly above 1/scale, so that block maxima map to exactly 1 despite rounding; in two
-    # factors, because 1/scale can underflow or overflow
-    factor = jnp.where(scales > 1, 2.0**-63, 2.0**63).astype(jnp.float32)
-    inverse = jnp.where(scales > 0, (1 + 2.0**-22) / (scales * factor), 0)
-    y = x * _per_element(factor, block, n) * _per_element(inverse, block, n)
-    y = at_least(y, jnp.where(x > 0, jnp.finfo(y.dtype).tiny, -1))  # no underflow
-    y = at_most(y, 1)
+    # slightly above 2/scale, so that block maxima map to exactly 1 despite rounding; a normal number
+    # for scales up to 2¹²⁷, beyond which the largest elements of a block share its largest code
+    inverse = at_least(2 * (1 + 2.0**-22) / at_least(scales, TINY), TINY)
+    inverse = jnp.where(scales > 0, inverse, 0)
+    y = x * per_element(inverse, block, n) * 0.5
+    y = at_most(at_least(y, -1 if options.signed else jnp.where(x > 0, TINY, 0)), 1)
     codes = round_down(y) if round_down else code.encode(y, draw)
     return QuantizedLeaf(codes, scales)
 
@@ -125,9 +133,9 @@ def at_most(x: jax.Array, high: jax.typing.ArrayLike) -> jax.Array:
     return jnp.where(x < high, x, high)
 
 
-def absmax(magnitudes: jax.Array, block: int) -> jax.Array:
+def absmax(sizes: jax.Array, block: int) -> jax.Array:
     """Return the maximum of each block of magnitudes."""
-    maxima = _bits(split_blocks(magnitudes, block))
+    maxima = _bits(split_blocks(sizes, block))
     # compare halves, so that XLA:CPU runs one loop of whole vectors; comparing 16 with the next 16
     # would fuse x into it, but codes and scales must read x from one array
     while maxima.shape[-1] > 16:
@@ -150,7 +158,7 @@ def _round_up_scale(x: jax.Array) -> jax.Array:
     return _floats(jnp.minimum(up, 0x7F000000))
 
 
-def _magnitudes(x: jax.Array) -> jax.Array:
+def magnitudes(x: jax.Array) -> jax.Array:
     """Return |x|, with NaN as Inf, computed on bits: float maxima may ignore NaN."""
     return _floats(jnp.minimum(_bits(x) & 0x7FFFFFFF, 0x7F800000))
 
@@ -163,8 +171,19 @@ def _floats(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _per_element(per_block: jax.Array, block: int, n: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("block", "n"))  # a name for `stages.py`
+def per_element(per_block: jax.Array, block: int, n: int) -> jax.Array:
     """Repeat the value of each block, to shape (…, n)."""
     repeated = jnp.broadcast_to(per_block[..., None], (*per_block.shape, block))
     repeated = repeated.reshape(*per_block.shape[:-1], -1)
     return repeated if repeated.shape[-1] == n else repeated[..., :n]
+
+
+@functools.partial(jax.jit, static_argnames="block")  # a name for `stages.py`
+def block_absmax(x: jax.Array, width: jax.Array | None = None, *, block: int) -> jax.Array:
+    """Return the largest magnitude of each block, in the first `width` columns if given."""
+    sizes = magnitudes(x)
+    if width is not None:
+        columns = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[-1]), 1)
+        sizes = jnp.where(columns < width, sizes, 0)
+    return jnp.max(split_blocks(sizes, block), axis=-1)

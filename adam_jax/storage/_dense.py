@@ -34,5 +34,5 @@ def stochastic_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     """Round float32 to bfloat16 stochastically, so that the expected value is x."""
     x = jnp.where(jnp.isnan(x), jnp.nan, x)  # this NaN stays NaN when bits are added
     pattern = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    upper = (pattern + (bits & 0xFFFF)) >> 16
+    upper = (pattern + (bits >> 16)) >> 16
     return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)

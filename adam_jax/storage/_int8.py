@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam_jax.storage._blockwise import Code, at_least, at_most
+from adam_jax.storage._blockwise import Code, at_least
 
 
 def _round_sqrt(y: jax.Array, draw: jax.Array, n: int) -> jax.Array:
@@ -27,7 +27,7 @@ def _encode_signed(y: jax.Array, draw: jax.Array) -> jax.Array:
 
 def _decode_signed(codes: jax.Array) -> jax.Array:
     q = codes.astype(jnp.float32)
-    return _divide(q * jnp.abs(q), 127)
+    return q * jnp.abs(q) * np.float32(1 / 127**2)  # exactly ±1 for ±127
 
 
 def _encode_positive(y: jax.Array, draw: jax.Array) -> jax.Array:
@@ -42,13 +42,7 @@ def _round_down_positive(y: jax.Array) -> jax.Array:
 
 def _decode_positive(codes: jax.Array) -> jax.Array:
     q = codes.astype(jnp.float32)
-    return _divide(q * q, 255)
-
-
-def _divide(square: jax.Array, n: int) -> jax.Array:
-    """Return square / n², clipped; the factor is slightly large, so that ±n² gives exactly ±1."""
-    inverse = np.nextafter(np.float32(1 / n**2), np.float32(1))
-    return at_most(at_least(square * inverse, -1), 1)
+    return q * q * np.float32(1 / 255**2)  # exactly 1 for 255
 
 
 def _to_low_bits(q: jax.Array) -> jax.Array:

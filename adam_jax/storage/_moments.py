@@ -19,7 +19,7 @@ from adam_jax._util.partition_specs import drop_indivisible
 from adam_jax._util.paths import Key, by_key, is_box, rebox, rebox_reduced, unbox
 from adam_jax._util.typing import KeyPath, Numeric, PyTree
 from adam_jax.storage import _blockwise, _dense, _reduced
-from adam_jax.storage._blockwise import Code, Quantized, QuantizedLeaf
+from adam_jax.storage._blockwise import Code, Options, Quantized, QuantizedLeaf
 from adam_jax.storage._formats import code_of, is_format
 from adam_jax.storage._policy import (
     Storage,
@@ -35,7 +35,7 @@ Stored: TypeAlias = jax.Array | QuantizedLeaf | ReducedLeaf
 """One leaf of a moment, as stored in the state."""
 
 BlockAbsmax: TypeAlias = Callable[[jax.Array, int], jax.Array]
-"""(magnitudes of a part of a leaf, block size) → the maximum of each whole block."""
+"""(a part of a leaf, block size) → the largest magnitude of each whole block."""
 
 
 def decode(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -61,12 +61,14 @@ def encode(
     bits: jax.Array | None,
     block_absmax: BlockAbsmax | None = None,
     *,
+    signed: bool = True,
     round_down: bool = False,
     saturate: bool = False,
 ) -> Stored:
     """Encode x in the format of `stored`; without random bits, round to nearest.
 
-    With `round_down`, it is rounded down if its code can. With `saturate`, Inf and NaN give their
+    Unless `signed`, x is at least 0, and no positive number becomes 0. With `round_down`, it is
+    rounded down if its code can. With `saturate`, Inf and NaN give their
     block the largest finite scale.
     """
     if isinstance(stored, (FactoredLeaf, MeanLeaf)):
@@ -79,7 +81,8 @@ def encode(
     code = _code(stored)
     absmax = None if block_absmax is None else lambda x: block_absmax(x, code.block)
     block = stored.elements_per_scale
-    return _without_derivative(code, block, absmax, round_down, saturate, x, uniform)
+    options = Options(signed, round_down, saturate)
+    return _without_derivative(code, block, absmax, options, x, uniform)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
@@ -87,17 +90,16 @@ def _uniform(bits: jax.Array) -> jax.Array:
     return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _without_derivative(
     code: Code,
     block: int,
     block_absmax: Callable[[jax.Array], jax.Array] | None,
-    down: bool,
-    saturate: bool,
+    options: Options,
     x: jax.Array,
     uniform: jax.Array,
 ) -> QuantizedLeaf:
-    return _blockwise.encode(code, x, uniform, block, block_absmax, down=down, saturate=saturate)
+    return _blockwise.encode(code, x, uniform, block, block_absmax, options)
 
 
 @_without_derivative.defjvp

@@ -58,6 +58,11 @@ def random_bits(key: jax.Array, step: jax.Array, position: Position, name: str =
     return _half_mix(row + position.lane * GOLDEN)
 
 
+def second_bits(bits: jax.Array) -> jax.Array:
+    """Return random bits whose upper 16 are independent of the upper 16 of `bits`."""
+    return bits + (bits << 16)
+
+
 def _mix(x: jax.Array) -> jax.Array:
     """Mix 32-bit integers bijectively, so that every input bit affects every output bit."""
     x = _half_mix((x ^ (x >> 16)) * np.uint32(0x21F0AAAD))

@@ -15,7 +15,15 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as
 
 import adam_jax
 from adam_jax._backends import choice, pallas
-from helpers import QUICKLY, REFERENCES, defaults, homemade, largest_sent, typical_rules
+from helpers import (
+    QUICKLY,
+    REFERENCES,
+    defaults,
+    homemade,
+    largest_sent,
+    other_rules_slowly,
+    typical_rules,
+)
 
 FORMATS = ("float32", "bfloat16", "int8", "compact")
 EVERY_RULE = {**adam_jax.rules.RULES, "homemade": homemade}
@@ -89,7 +97,7 @@ def test_a_kernel_equals_xla_for_every_rule_and_format(name):
 
 
 @every_platform
-@every_rule
+@other_rules_slowly(EVERY_RULE)
 def test_every_rule_lowers_to_a_kernel(name, platform):
     tx, params = make(name, "pallas"), {"int8": leaves()["int8"]}
     program = lowered(platform, tx.update, params, tx.init(params), params)

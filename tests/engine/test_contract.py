@@ -23,6 +23,7 @@ from helpers import (
     every_rule,
     gradients_with_everything,
     optimizer,
+    other_rules_slowly,
     run_reference,
     traces,
     tree,
@@ -77,7 +78,7 @@ def test_equals_its_reference_in_float32_and_complex64(name):
     check_reference(name, grads, rtol=loose, atol=2e-6)
 
 
-@every_rule
+@other_rules_slowly(RULES)
 def test_eager_jit_scan_and_vmap_agree(name):
     """Agree up to rounding: XLA fuses multiply-adds differently in each of them."""
     close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
@@ -334,7 +335,7 @@ def test_changing_a_hyperparameter_never_retraces(name):
     assert not traced[-1]
 
 
-@every_rule
+@other_rules_slowly(RULES)
 @standard
 def test_inject_hyperparams_works_with_bfloat16_parameters(name):
     """Survive b2 = 1, because inject_hyperparams passes 0.999 as bfloat16."""
@@ -348,7 +349,7 @@ def test_inject_hyperparams_works_with_bfloat16_parameters(name):
     chex.assert_tree_all_finite((updates, state))
 
 
-@every_rule
+@other_rules_slowly(RULES)
 def test_every_hyperparameter_takes_a_schedule_and_a_batch(name):
     """Schedule every hyperparameter, and vmap over all of them at once."""
     params, grads = (tree(seed, shapes=SHAPES) for seed in (0, 1))

@@ -317,7 +317,9 @@ def test_a_step_in_place_needs_little_memory(shape):
 
 
 @pytest.mark.parametrize("given", ["compact", "factored", MEAN, {"nu": storage.mean((-2, -1))}])
-@pytest.mark.parametrize("shape", [(70, 300), (3, 40, 130), (2, 2**17 + 256)])
+@pytest.mark.parametrize(
+    "shape", [(70, 300), pytest.param((3, 40, 130), marks=pytest.mark.slow), (2, 2**17 + 256)]
+)
 def test_backends_agree(given, shape):
     params = jnp.ones(shape)
 

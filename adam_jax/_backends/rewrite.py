@@ -1,0 +1,104 @@
+"""Rewrite the computation of a tile for a kernel: fewer instructions, equal up to rounding.
+
+XLA makes most of these changes itself. A kernel's compiler takes what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn, Literal
+
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+"""The parameter that has the function, by the name of the primitive that calls it."""
+KEPT = ("per_element", "block_absmax")
+"""Functions that stay calls, because `stages.py` treats them as one operation."""
+
+
+class Site(NamedTuple):
+    """An equation to rewrite, with the values of its operands."""
+
+    eqn: JaxprEqn
+    operands: list[Any]
+    made_by: Mapping[Any, JaxprEqn]
+    """The equation of each variable."""
+    value: Callable[[Any], Any]
+    """Returns the value of a variable that precedes the equation."""
+
+
+Rewriting = Callable[[Site], Any]
+"""Returns a primitive's result in another way, or None to leave it as it is."""
+
+
+def rewrite(
+    closed: Any, operands: Sequence[Any], rewritings: Mapping[str, Rewriting]
+) -> list[Any]:
+    """Evaluate a closed jaxpr; traced, it gives a jaxpr with its calls inlined and rewritten."""
+    jaxpr = closed.jaxpr
+    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values |= zip(jaxpr.invars, operands, strict=True)
+    made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+
+    def value(x: Any) -> Any:
+        return x.val if isinstance(x, Literal) else values[x]
+
+    for eqn in jaxpr.eqns:
+        name, given = eqn.primitive.name, [value(x) for x in eqn.invars]
+        out = None
+        if name in CALLS and eqn.params.get("name") not in KEPT:
+            out = rewrite(eqn.params[CALLS[name]], given, rewritings)
+        elif name in rewritings:
+            out = rewritings[name](Site(eqn, given, made_by, value))
+        if out is None:
+            out = eqn.primitive.bind(*given, **eqn.params)
+        is_list = isinstance(out, (list, tuple))
+        values |= zip(eqn.outvars, out if is_list else [out], strict=True)
+    return [value(x) for x in jaxpr.outvars]
+
+
+def without_barrier(site: Site) -> list[Any]:
+    """Drop an optimization barrier, which only XLA needs."""
+    return site.operands
+
+
+def as_extremum(site: Site) -> Any:
+    """Turn where(x > y, x, y) into maximum(x, y), and where(x < y, x, y) into minimum(x, y)."""
+    predicate, no, *yes = site.eqn.invars
+    made = _maker(predicate, site)
+    functions = {"gt": jnp.maximum, "lt": jnp.minimum}
+    if made is None or made.primitive.name not in functions or len(yes) != 1:
+        return None
+    x, y = (_source(v, site) for v in made.invars)
+    if (_source(yes[0], site), _source(no, site)) != (x, y):
+        return None
+    return functions[made.primitive.name](*site.operands[:0:-1])
+
+
+def as_product(site: Site) -> Any:
+    """Turn a division by a scalar into a product with its reciprocal, which is computed once."""
+    x, y = site.operands
+    made = _maker(site.eqn.invars[1], site)
+    is_scalar = made is not None and made.primitive.name == "broadcast_in_dim"
+    divisor = site.value(made.invars[0]) if is_scalar else y
+    if jnp.ndim(divisor) or not jnp.ndim(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    return x * (1 / divisor)
+
+
+def _maker(x: Any, site: Site) -> JaxprEqn | None:
+    return None if isinstance(x, Literal) else site.made_by.get(x)
+
+
+def _source(x: Any, site: Site) -> Any:
+    """Return the variable or number that x repeats."""
+    while not isinstance(x, Literal):
+        made = site.made_by.get(x)
+        if made is None or made.primitive.name not in ("broadcast_in_dim", "convert_element_type"):
+            return x
+        if made.outvars[0].aval.dtype != made.invars[0].aval.dtype:
+            return x
+        x = made.invars[0]
+    return x.val

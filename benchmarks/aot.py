@@ -1,0 +1,205 @@
+"""What the compilers of a TPU v5e and an H100 make of a step, on a machine without either.
+
+python -m benchmarks.aot            # every row: about 30 minutes on two cores
+python -m benchmarks.aot tpu int8   # the rows whose names contain every word
+
+Needs pip install -e ".[aot]". Nothing runs: the figures are bytes, instructions, and launches of
+the compiled programs. Clock rates and bandwidths are nominal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import glob
+import math
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TPU_DUMP = tempfile.mkdtemp(prefix="adam_jax_llo")
+os.environ |= {  # libtpu reads them when it is loaded, which is at the first topology
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes load it, too
+    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={TPU_DUMP} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=final_bundles",
+}
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+import adam_jax
+from benchmarks import report, trees
+
+H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+} platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3" """
+
+
+class Chip(NamedTuple):
+    """A described accelerator."""
+
+    lowering: str
+    """The platform's name for lowering."""
+    kind: str
+    clock: float
+    """Cycles per second."""
+    bandwidth: float
+    """Bytes of memory per second."""
+    lanes: int
+    """Elements for which the chip issues one instruction per cycle."""
+    call: str
+    """The custom call of a Pallas kernel."""
+
+    def memory_cycles(self, bytes_per_element: float) -> float:
+        """Return how many instructions per element the memory's time allows."""
+        return bytes_per_element / self.bandwidth * self.clock * self.lanes
+
+
+TPU = Chip("tpu", "TPU v5 lite", 1.5e9, 819e9, 1024, "tpu_custom_call")
+GPU = Chip("cuda", "NVIDIA H100 80GB HBM3", 1.755e9, 3.35e12, 132 * 4 * 32, "__gpu$xla.gpu.triton")
+CHIPS = {"tpu": TPU, "gpu": GPU}
+
+
+@functools.cache
+def devices(chip: Chip) -> Sequence[Any]:
+    """Return the devices of a described topology: 2×2 TPUs, or one GPU."""
+    if chip is TPU:
+        return topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    given = {"target_config": H100, "topology": "1x1x1"}
+    return topologies.get_topology_desc("", platform="cuda", **given).devices
+
+
+@contextlib.contextmanager
+def there(chip: Chip) -> Iterator[None]:
+    """Trace for one of these chips, which isn't here."""
+    device = AbstractDevice(chip.kind, num_cores=1, platform=chip.lowering)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+class Program(NamedTuple):
+    """A compiled step of a leaf or a tree."""
+
+    chip: Chip
+    text: str
+    temporaries: int
+    """Bytes."""
+    least: int
+    """The bytes that the step has to read and write."""
+    elements: int
+    dump: str
+    """The folder with the compiler's output."""
+
+
+def compiled(chip: Chip, tx: Any, params: Any, way: str = "apply") -> Program:
+    """Compile `apply`, or `update`, with parameters and state donated."""
+    place = functools.partial(
+        jax.tree.map,
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=SingleDeviceSharding(devices(chip)[0])
+        ),
+    )
+    with there(chip):
+        given = place(params)
+        state = place(jax.eval_shape(tx.init, given))
+        if way == "apply":
+            step: Any = functools.partial(adam_jax.apply, tx)
+            jitted = jax.jit(step, donate_argnums=(1, 2))
+        else:
+            jitted = jax.jit(tx.update, donate_argnums=(0, 1))
+        lowered = jitted.trace(given, state, given).lower(lowering_platforms=(chip.lowering,))
+        for file in glob.glob(f"{TPU_DUMP}/*"):
+            os.remove(file)
+        dump = tempfile.mkdtemp() if chip is GPU else TPU_DUMP
+        program = lowered.compile({"xla_dump_to": dump} if chip is GPU else {})
+    size = functools.partial(sum_of, lambda x: math.prod(x.shape) * x.dtype.itemsize)
+    read = size(given) + size(state) + size(given)
+    written = size(state) + size(given)
+    analysis = program.memory_analysis()
+    elements = int(sum_of(lambda x: math.prod(x.shape), given))
+    temporaries = analysis.temp_size_in_bytes
+    return Program(chip, program.as_text(), temporaries, int(read + written), elements, dump)
+
+
+def sum_of(f: Callable[[Any], float], tree: Any) -> float:
+    return sum(map(f, jax.tree.leaves(tree)))
+
+
+# What a program's text says
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8}
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
+_FREE |= {"copy-done", "slice-done", "all-gather-done", "async-done"}
+
+
+class Instruction(NamedTuple):
+    """An instruction of a program's entry computation."""
+
+    operation: str
+    moved: int
+    """The bytes of its operands and results."""
+
+
+def instructions(program: Program) -> list[Instruction]:
+    """Return the instructions that move memory or launch something."""
+    entry = program.text[program.text.index("\nENTRY ") :]
+    sizes: dict[str, int] = {}
+    found = []
+    for line in entry.splitlines():
+        match = re.match(r"\s+(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", line)
+        if not match:
+            continue
+        name, shape, operation, rest = match.groups()
+        sizes[name] = _bytes(shape)
+        if operation not in _FREE:
+            operands = re.findall(r"%[\w.\-]+", rest.partition(")")[0])
+            moved = sizes[name] + sum(sizes.get(x, 0) for x in operands)
+            found.append(Instruction(operation, moved))
+    return found
+
+
+def _bytes(shape: str) -> int:
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    return sum(
+        _SIZES.get(dtype, 4) * math.prod(int(n) for n in size.split(",") if n)
+        for dtype, size in arrays
+    )
+
+
+def moved(program: Program) -> float:
+    """Return the bytes that a program moves, over the least."""
+    return sum(x.moved for x in instructions(program)) / program.least
+
+
+def kernels(program: Program) -> int:
+    """Return the number of Pallas kernels."""
+    return program.text.count(f'custom_call_target="{program.chip.call}"')
+
+
+def launches(program: Program) -> int:
+    """Return the number of launches of a GPU program, or of operations of a TPU program."""
+    return len(instructions(program))
+
+
+def all_gathers(program: Program) -> int:
+    return len(re.findall(r"\ball-gather(?:-start)?\(", program.text))
