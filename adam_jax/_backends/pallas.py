@@ -24,13 +24,7 @@ from adam_jax._backends import stages, tiled, tiles, unaligned
 from adam_jax._backends.hoist import hoist
 from adam_jax._backends.kernel_call import kernel_call, unsupported
 from adam_jax._backends.per_shard import Shard, per_shard
-from adam_jax._backends.rewrite import (
-    Rewriting,
-    as_extremum,
-    as_product,
-    rewrite,
-    without_barrier,
-)
+from adam_jax._backends.rewrite import SIMPLER, Rewriting, rewrite
 from adam_jax._backends.step import (
     Aliased,
     Extent,
@@ -65,13 +59,6 @@ def _store(ref: Any, x: jax.Array, mask: Mask, at: Any) -> None:
     ref[at] = x
 
 
-_SIMPLER: Mapping[str, Rewriting] = {
-    "optimization_barrier": without_barrier,
-    "select_n": as_extremum,
-    "div": as_product,
-}
-
-
 class Target(NamedTuple):
     """The platform-specific settings of a kernel."""
 
@@ -85,7 +72,7 @@ class Target(NamedTuple):
     """Reads a tile: (ref, mask) → array. The default leaves masking to the compiler."""
     store: Callable[[Any, jax.Array, Mask, Any], None] = _store
     """Writes a tile, or a part of it: (ref, array, mask, index)."""
-    rewritings: Mapping[str, Rewriting] = _SIMPLER
+    rewritings: Mapping[str, Rewriting] = SIMPLER
     """Other ways to compute primitives."""
     scratch: Callable[[tuple[int, int]], Any] | None = None
     """The shape of a tile → a float32 array in its memory, if tiles are computed in slices."""
@@ -102,9 +89,9 @@ def interpreted() -> Target:
 
 def triton() -> Target:
     """Return the target of a kernel that Triton compiles, for GPUs."""
-    from adam_jax._backends.triton import compiler, load, store
+    from adam_jax._backends.triton import FAST, compiler, load, store
 
-    return Target(tiles.for_registers, pl.BlockSpec(), compiler, load, store)
+    return Target(tiles.for_registers, pl.BlockSpec(), compiler, load, store, FAST)
 
 
 def mosaic() -> Target:
@@ -112,7 +99,6 @@ def mosaic() -> Target:
     from jax.experimental.pallas import tpu
 
     memory = pl.BlockSpec(memory_space=tpu.SMEM)
-
 
     def scratch(shape: tuple[int, int]) -> Any:
         return tpu.VMEM(shape, jnp.float32)
@@ -160,7 +146,8 @@ def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard)
     call = functools.partial(_call, target, grid, [grid.view(x) for x in arrays], kinds)
 
     def tile(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> tuple[Operands, Part]:
-        scalars, seeds, origin, means = shared
+        scalars, key, seeds, origin, means = shared
+        all_seeds: Any = None if key is None else (key, *seeds)
         tile_shard = shard._replace(origin=origin)
 
         def position() -> Position:
@@ -171,7 +158,7 @@ def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard)
             jnp.broadcast_to(x, (grid.rows, grid.columns)) if extent.reduced else x
             for x, extent in zip(parts, kinds, strict=True)
         )
-        return Operands(u, g, p, moments, scalars, seeds), part
+        return Operands(u, g, p, moments, scalars, all_seeds), part
 
     def sums(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> list[jax.Array]:
         xs = next_averaged(step, *tile(i, parts, shared), shared.means)
@@ -184,7 +171,8 @@ def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard)
             for x, k in zip(new, written, strict=True)
         ]
 
-    shared = Shared(operands.scalars, operands.seeds, shard.origin, [])
+    key, *seeds = [None] if operands.seeds is None else operands.seeds
+    shared = Shared(operands.scalars, key, seeds, shard.origin, [])
     for size in mean_sizes(step, operands):  # one read-only pass per call of `mean`
         partial = call(sums, shared, [Extent(reduced=grid.all_axes)] * size)
         shared.means.append(shard.mean_of_sums([jnp.sum(x) for x in partial]))
@@ -203,7 +191,10 @@ class Shared(NamedTuple):
     """The operands that are the same for all tiles."""
 
     scalars: jax.Array
-    seeds: jax.Array | None
+    key: jax.Array | None
+    """The leaf's own seed."""
+    seeds: Sequence[jax.Array]
+    """The other seeds."""
     origin: Sequence[jax.Array]
     means: list[Means]
 
@@ -222,7 +213,8 @@ def _call(
     Each result overwrites the array at the index in `outputs`, or is partial sums along the axes
     that the extent in `outputs` lacks.
     """
-    scalars, tree = jax.tree.flatten(shared)
+    key = [] if shared.key is None else [shared.key]
+    scalars, tree = jax.tree.flatten(shared._replace(key=None))
     i = jax.ShapeDtypeStruct((), jnp.int32)
     tile_types = [
         jax.ShapeDtypeStruct(grid.block(extent), x.dtype)
@@ -230,10 +222,11 @@ def _call(
     ]
 
     def flat(*operands: Any) -> list[jax.Array]:
-        flat_shared, (i, *parts) = operands[: len(scalars)], operands[len(scalars) :]
-        return jax.tree.leaves(compute(i, parts, tree.unflatten(flat_shared)))
+        (*own, i), parts = operands[len(scalars) : -len(arrays)], operands[-len(arrays) :]
+        tile_shared = tree.unflatten(operands[: len(scalars)])._replace(key=own[0] if own else None)
+        return jax.tree.leaves(compute(i, parts, tile_shared))
 
-    operands = (*scalars, i, *tile_types)
+    operands = (*scalars, *key, i, *tile_types)
     try:
         jaxpr = jax.make_jaxpr(flat)(*operands)
         for rewritings in ({}, target.rewritings):  # the first pass inlines calls
@@ -242,7 +235,8 @@ def _call(
     except NotImplementedError as error:
         raise unsupported(grid.shape, error) from error
     hoisted = front(*scalars)
-    vectors = _pack(hoisted)
+    # leaves with equal scalars share their vectors; what depends on a leaf's key isn't hoisted
+    vectors = [*_pack(hoisted), *([x.astype(jnp.int32).reshape(1, 1) for x in key])]
     specs = [grid.spec(extent) for extent in kinds]
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     sums = {j: grid.sums(x) for j, x in enumerate(outputs) if isinstance(x, Extent)}
@@ -270,7 +264,8 @@ def _call(
                 x = jnp.where(is_first(i), x, ref[at] + x)
             target.store(ref, x, functools.partial(grid.mask, i, sums[j].extent), at)
 
-        given = [*_unpack(refs[:a], hoisted), i]
+        own = [ref[0, 0].astype(x.dtype) for ref, x in zip(refs[2:a], key, strict=True)]
+        given = [*_unpack(refs[:2], hoisted), *own, i]
         if plan:
             stages.run(plan, given, refs[a:b], write, refs[c:])
             return

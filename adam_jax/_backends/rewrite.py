@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
@@ -33,9 +32,7 @@ Rewriting = Callable[[Site], Any]
 """Returns a primitive's result in another way, or None to leave it as it is."""
 
 
-def rewrite(
-    closed: Any, operands: Sequence[Any], rewritings: Mapping[str, Rewriting]
-) -> list[Any]:
+def rewrite(closed: Any, operands: Sequence[Any], rewritings: Mapping[str, Rewriting]) -> list[Any]:
     """Evaluate a closed jaxpr; traced, it gives a jaxpr with its calls inlined and rewritten."""
     jaxpr = closed.jaxpr
     values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
@@ -67,7 +64,7 @@ def without_barrier(site: Site) -> list[Any]:
 def as_extremum(site: Site) -> Any:
     """Turn where(x > y, x, y) into maximum(x, y), and where(x < y, x, y) into minimum(x, y)."""
     predicate, no, *yes = site.eqn.invars
-    made = _maker(predicate, site)
+    made = maker(predicate, site)
     functions = {"gt": jnp.maximum, "lt": jnp.minimum}
     if made is None or made.primitive.name not in functions or len(yes) != 1:
         return None
@@ -80,16 +77,35 @@ def as_extremum(site: Site) -> Any:
 def as_product(site: Site) -> Any:
     """Turn a division by a scalar into a product with its reciprocal, which is computed once."""
     x, y = site.operands
-    made = _maker(site.eqn.invars[1], site)
-    is_scalar = made is not None and made.primitive.name == "broadcast_in_dim"
-    divisor = site.value(made.invars[0]) if is_scalar else y
-    if jnp.ndim(divisor) or not jnp.ndim(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+    made = maker(site.eqn.invars[1], site)
+    if made is not None and made.primitive.name == "broadcast_in_dim":
+        y = site.value(made.invars[0])
+    if jnp.ndim(y) or not jnp.ndim(x) or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
-    return x * (1 / divisor)
+    return x * (1 / y)
 
 
-def _maker(x: Any, site: Site) -> JaxprEqn | None:
+def maker(x: Any, site: Site) -> JaxprEqn | None:
+    """Return the equation that makes x, or None if there is none."""
     return None if isinstance(x, Literal) else site.made_by.get(x)
+
+
+def as_scale(site: Site) -> Any:
+    """Multiply a block's scale, not each of its elements, by a constant factor."""
+    product, scale = (maker(v, site) for v in site.eqn.invars)
+    if product is None or product.primitive.name != "mul":
+        return None
+    if scale is None or scale.params.get("name") != "per_element":
+        return None
+    x, factor = product.invars
+    if not isinstance(factor, Literal):
+        return None
+    per_block = site.value(scale.invars[0]) * factor.val
+    return site.value(x) * scale.primitive.bind(per_block, **scale.params)[0]
+
+
+def _dtype(x: Any) -> Any:
+    return x.aval.dtype
 
 
 def _source(x: Any, site: Site) -> Any:
@@ -98,7 +114,17 @@ def _source(x: Any, site: Site) -> Any:
         made = site.made_by.get(x)
         if made is None or made.primitive.name not in ("broadcast_in_dim", "convert_element_type"):
             return x
-        if made.outvars[0].aval.dtype != made.invars[0].aval.dtype:
+        (made_from, *_), (result,) = made.invars, made.outvars
+        if _dtype(made_from) != _dtype(result):
             return x
         x = made.invars[0]
     return x.val
+
+
+SIMPLER: Mapping[str, Rewriting] = {
+    "optimization_barrier": without_barrier,
+    "select_n": as_extremum,
+    "div": as_product,
+    "mul": as_scale,
+}
+"""Rewritings for every kernel."""

@@ -211,8 +211,8 @@ def _name(eqn: JaxprEqn) -> str:
 
 def _is_worth_keeping(eqn: JaxprEqn, columns: int) -> bool:
     """Whether to keep a float rather than compute it again from operands without slices."""
-    is_float = eqn.outvars[0].aval.dtype == jnp.float32
-    return is_float and _any_sliced(eqn.invars, columns)
+    result: Any = eqn.outvars[0]
+    return result.aval.dtype == jnp.float32 and _any_sliced(eqn.invars, columns)
 
 
 def _variables(atoms: Iterable[Any]) -> list[Any]:

@@ -173,7 +173,7 @@ def for_vectors(shape: tuple[int, ...], block: int, reduced: bool) -> Grid:
     Tiles span whole rows or a multiple of 128 scales. Merging the leading axes might copy the leaf.
     A TPU runs one tile after the other, so that sums over rows can accumulate in one block.
     """
-    size, lanes = 2**17, 128
+    size, lanes = 2**18, 128
     shape = (*(1 for _ in shape[:-1]), 1, *shape)[-max(2, len(shape)) :]
     rows, columns = shape[-2:]
     most = lanes * max(lanes, block)

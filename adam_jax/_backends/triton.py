@@ -1,12 +1,16 @@
-"""Masked access to the tiles of a kernel that Triton compiles, for GPUs."""
+"""Masked access to tiles and fast arithmetic, for kernels that Triton compiles for GPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import triton
+from jax.extend.core import Literal
+
+from adam_jax._backends.rewrite import SIMPLER, Rewriting, Site, as_product, maker
 
 
 def compiler(elements: int) -> triton.CompilerParams:
@@ -27,3 +31,66 @@ def store(ref: Any, x: jax.Array, mask: Callable[[], jax.Array | None], at: Any)
         ref[at] = x
     else:
         triton.store(ref, x, mask=inside)
+
+
+def _ptx(assembly: str, *operands: jax.Array) -> jax.Array:
+    """Compute PTX instructions for each float32 element: $0 is the result, $1, … the operands."""
+    shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
+    (out,) = triton.elementwise_inline_asm(
+        assembly,
+        args=[jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape) for x in operands],
+        constraints=",".join(["=f", *"f" * len(operands)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return out
+
+
+def _is_tile(x: Any) -> bool:
+    return len(x.shape) == 2 and x.dtype == jnp.float32
+
+
+def _sqrt(site: Site) -> Any:
+    """Compute a square root with an error of at most 2⁻²³."""
+    is_tile = _is_tile(site.eqn.outvars[0].aval)
+    return _ptx("sqrt.approx.ftz.f32 $0, $1;", *site.operands) if is_tile else None
+
+
+def _div(site: Site) -> Any:
+    """Divide with an error of 2 ulp, but exactly if the numerator is a constant."""
+    product = as_product(site)
+    is_constant = isinstance(site.eqn.invars[0], Literal)
+    if product is not None or is_constant or not _is_tile(site.eqn.outvars[0].aval):
+        return product
+    x, y = site.operands
+    return x * _ptx("rcp.approx.ftz.f32 $0, $1;", y)
+
+
+_FMA = "fma.rn.ftz.f32 $0, $1, $2, $3;"
+_NEGATED = "{{ .reg .f32 t; neg.ftz.f32 t, ${0}; fma.rn.ftz.f32 $0, {1}; }}"
+
+
+def _fused(product_first: str, product_last: str) -> Rewriting:
+    """Return a rewriting of a sum of x·y and z as one instruction, with one rounding."""
+
+    def rewriting(site: Site) -> Any:
+        if not _is_tile(site.eqn.outvars[0].aval):
+            return None
+        for k, assembly in enumerate((product_first, product_last)):
+            made = maker(site.eqn.invars[k], site)
+            if made is not None and made.primitive.name == "mul":
+                x, y = map(site.value, made.invars)
+                return _ptx(assembly, x, y, site.operands[1 - k])
+        return None
+
+    return rewriting
+
+
+FAST: Mapping[str, Rewriting] = {
+    **SIMPLER,
+    "sqrt": _sqrt,
+    "div": _div,
+    "add": _fused(_FMA, _FMA),
+    "sub": _fused(_NEGATED.format(3, "$1, $2, t"), _NEGATED.format(1, "t, $2, $3")),
+}
+"""Rewritings into PTX instructions that Triton doesn't use by itself."""

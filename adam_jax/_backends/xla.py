@@ -38,7 +38,7 @@ def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None)
     seeds = operands.seeds
     position = functools.partial(positions, operands.update.shape)
     output, encode = step(operands, Part(_mean, position))
-    if seeds is not None and operands.param is not None and orders_writes():
+    if seeds is not None and operands.param is not None and orders_writes(step.platform):
         seeds = _after(_new_param(step, operands, output), seeds)
     return Result(output, encode(seeds))
 
@@ -54,14 +54,14 @@ def _mean(xs: Sequence[jax.Array]) -> Means:
     return [jnp.mean(x) for x in xs]
 
 
-def orders_writes() -> bool:
+def orders_writes(platform: str) -> bool:
     """Whether to write new moments after the new parameter, so that XLA:CPU copies none.
 
     XLA:CPU recomputes new moments from the old ones for the direction. If it may do so after it
     overwrites the old ones, it copies them first, which doubles the time of a bfloat16 step.
     Ordering reads one element of the result, which is local only on a single device.
     """
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return platform == "cpu" and jax.device_count() == 1
 
 
 def _after(result: jax.Array, seeds: jax.Array) -> jax.Array:

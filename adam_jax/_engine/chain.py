@@ -23,7 +23,15 @@ import optax
 from adam_jax._backends import xla
 from adam_jax._backends.choice import BACKENDS
 from adam_jax._backends.step import Operands
-from adam_jax._engine.leaf import Layout, Seeds, Settings, Stages, pack, run_leaf
+from adam_jax._engine.leaf import (
+    Layout,
+    Seeds,
+    Settings,
+    Stages,
+    pack,
+    run_leaf,
+    target_platform,
+)
 from adam_jax._engine.split_params import SplitParam
 from adam_jax._engine.state import State, count_fields, state_class
 from adam_jax._engine.transformation import Transformation, transformation_of
@@ -302,7 +310,8 @@ class Chain:
         seeds = None
         if random_param or _moments.needs_random_bits(stored):
             seeds = Seeds(_hash(key), p.seed if random_param else 0, counts)
-        ordered = seeds is not None and self._has_learning_rate() and xla.orders_writes()
+        ordered = xla.orders_writes(target_platform())
+        ordered = ordered and seeds is not None and self._has_learning_rate()
         if random_param:
             p = p._replace(seed=None)
         elif not (readers or emit_params or ordered):

@@ -134,20 +134,30 @@ class LeafStep(NamedTuple):
             decoded = _decode(rule, old, hyper, dtype, u.shape)
             with _promotion(dtype):
                 new_u, *new = _apply(rule, u, decoded, **given, **hyper, **dict(options))
-            draw = _no_bits if t is None else functools.partial(_draw, part, 2 + k)
+            draw = _no_bits if t is None else functools.partial(self._draw, part, 2 + k)
+            absmax, is_fused = part.block_absmax, self.platform == "gpu"
             encoders.append(
-                functools.partial(_encode, rule, new, old, u, draw, part.block_absmax, self.size)
+                functools.partial(_encode, rule, new, old, u, draw, absmax, self.size, is_fused)
             )
             u = new_u
 
         if self.emit_params:
             if not isinstance(param, SplitParam):
                 u = u.astype(received.dtype).astype(dtype)  # round like an emitted update
-            bits = _draw(part, 1, seeds) if split_params.needs_random_bits(param) else None
+            bits = self._draw(part, 1, seeds) if split_params.needs_random_bits(param) else None
             output = split_params.round_to_param(param, jnp.add(p, u), bits)
         else:
             output = u.astype(received.dtype)
         return output, lambda seeds: [encode(seeds) for encode in encoders]
+
+    def _draw(
+        self, part: Part, k: int, seeds: jax.Array | None, name: str = ""
+    ) -> jax.Array | None:
+        """Return random bits for the parameter if k = 1, else for a moment of rule k - 2."""
+        if seeds is None:
+            return None
+        by_row = self.platform != "gpu"  # where a loop costs a launch
+        return random_bits(seeds[0], seeds[k], part.position(), name, by_row=by_row)
 
 
 def pack(operands: PyTree) -> tuple[jax.Array, Layout]:
@@ -169,11 +179,6 @@ def _mean(part: Part, x: jax.Array, *more: jax.Array) -> jax.Array | tuple[jax.A
     return means if more else means[0]
 
 
-def _draw(part: Part, k: int, seeds: jax.Array | None, name: str = "") -> jax.Array | None:
-    """Return random bits for the parameter if k = 1, else for a moment of rule k - 2."""
-    return None if seeds is None else random_bits(seeds[0], seeds[k], part.position(), name)
-
-
 def _no_bits(seeds: jax.Array | None, name: str) -> None:
     del seeds, name
 
@@ -186,6 +191,7 @@ def _encode(
     draw: Callable[[jax.Array | None, str], jax.Array | None],
     block_absmax: BlockAbsmax | None,
     size: int,
+    is_fused: bool,
     seeds: jax.Array | None,
 ) -> tuple[Stored, ...]:
     """Encode the new moments of one rule in the formats of its old moments.
@@ -214,6 +220,10 @@ def _encode(
             "round_down": moment.round_down,
             "saturate": finite is not None,
         }
+        if _moments.is_quantized(stored) and not is_fused:
+            # Scales and codes need the same x: two fused copies could round differently. On GPUs,
+            # fusing saves a pass over memory, and the margin in `encode` covers an ulp.
+            x = jax.lax.optimization_barrier(x)
         x = _moments.encode(x, stored, bits, block_absmax, **options)
         if finite is not None and _moments.is_quantized(x):
             x = _moments.with_nan_blocks(x, finite)

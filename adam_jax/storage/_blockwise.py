@@ -62,6 +62,8 @@ class Code:
       block: the number of elements along the last axis that share a scale, a power of two.
       round_down: y → codes, rounded down, possibly to zero, for a running maximum. Without it, a
         running maximum is rounded to nearest.
+      least: the smallest positive y that a non-negative moment is encoded from; smaller positive
+        numbers become this one. If it has a code of its own, no positive number becomes zero.
     """
 
     dtype: jax.typing.DTypeLike
@@ -69,13 +71,14 @@ class Code:
     decode: Callable[[jax.Array], jax.Array]
     block: int = 128
     round_down: Callable[[jax.Array], jax.Array] | None = None
+    least: float = TINY
 
 
 class Options(NamedTuple):
     """How to encode a moment."""
 
     signed: bool = True
-    """Otherwise, no positive number becomes 0."""
+    """Otherwise, positive numbers become at least `Code.least`."""
     round_down: bool = False
     """Whether to round everything down if the code can."""
     saturate: bool = False
@@ -114,12 +117,13 @@ def encode(
     # coarse scales seldom change; while they don't, rounding down a second time changes nothing
     scales = _round_up_scale(block_max) if round_down else block_max
     scales = jnp.where(jnp.isfinite(block_max), scales, jnp.nan)
-    # slightly above 2/scale, so that block maxima map to exactly 1 despite rounding; a normal number
-    # for scales up to 2¹²⁷, beyond which the largest elements of a block share its largest code
+    # slightly above 2/scale, so that block maxima map to exactly 1 despite rounding. It is a normal
+    # number for scales up to 2¹²⁷; above, a block's largest elements share its largest code.
     inverse = at_least(2 * (1 + 2.0**-22) / at_least(scales, TINY), TINY)
     inverse = jnp.where(scales > 0, inverse, 0)
     y = x * per_element(inverse, block, n) * 0.5
-    y = at_most(at_least(y, -1 if options.signed else jnp.where(x > 0, TINY, 0)), 1)
+    least = TINY if round_down else code.least
+    y = at_most(at_least(y, -1 if options.signed else jnp.where(x > 0, least, 0)), 1)
     codes = round_down(y) if round_down else code.encode(y, draw)
     return QuantizedLeaf(codes, scales)
 
@@ -135,13 +139,13 @@ def at_most(x: jax.Array, high: jax.typing.ArrayLike) -> jax.Array:
 
 def absmax(sizes: jax.Array, block: int) -> jax.Array:
     """Return the maximum of each block of magnitudes."""
-    maxima = _bits(split_blocks(sizes, block))
+    maxima = bits_of(split_blocks(sizes, block))
     # compare halves, so that XLA:CPU runs one loop of whole vectors; comparing 16 with the next 16
     # would fuse x into it, but codes and scales must read x from one array
     while maxima.shape[-1] > 16:
         half = maxima.shape[-1] // 2
         maxima = jnp.maximum(maxima[..., :half], maxima[..., half:])
-    return jnp.max(_floats(maxima), axis=-1)
+    return jnp.max(floats_of(maxima), axis=-1)
 
 
 def split_blocks(magnitudes: jax.Array, block: int) -> jax.Array:
@@ -154,20 +158,20 @@ def split_blocks(magnitudes: jax.Array, block: int) -> jax.Array:
 
 def _round_up_scale(x: jax.Array) -> jax.Array:
     """Round x ≥ 0 up to the next of …, ⅛, ½, 2, 8, …, but at most to 2¹²⁷."""
-    up = _bits(x) + 0x00FFFFFF & ~0x00FFFFFF
-    return _floats(jnp.minimum(up, 0x7F000000))
+    up = bits_of(x) + 0x00FFFFFF & ~0x00FFFFFF
+    return floats_of(jnp.minimum(up, 0x7F000000))
 
 
 def magnitudes(x: jax.Array) -> jax.Array:
     """Return |x|, with NaN as Inf, computed on bits: float maxima may ignore NaN."""
-    return _floats(jnp.minimum(_bits(x) & 0x7FFFFFFF, 0x7F800000))
+    return floats_of(jnp.minimum(bits_of(x) & 0x7FFFFFFF, 0x7F800000))
 
 
-def _bits(x: jax.Array) -> jax.Array:
+def bits_of(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
-def _floats(bits: jax.Array) -> jax.Array:
+def floats_of(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 

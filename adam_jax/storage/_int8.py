@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam_jax.storage._blockwise import Code, at_least
+from adam_jax.storage._blockwise import Code, bits_of, floats_of
 
 
 def _round_sqrt(y: jax.Array, draw: jax.Array, n: int) -> jax.Array:
@@ -22,7 +22,8 @@ def _round_sqrt(y: jax.Array, draw: jax.Array, n: int) -> jax.Array:
 
 def _encode_signed(y: jax.Array, draw: jax.Array) -> jax.Array:
     q = _round_sqrt(jnp.abs(y), draw, 127)
-    return _to_low_bits(jnp.where(y < 0, -q, q)).astype(jnp.int8)
+    sign = bits_of(y) & np.int32(-(2**31))
+    return _to_low_bits(floats_of(bits_of(q) | sign)).astype(jnp.int8)
 
 
 def _decode_signed(codes: jax.Array) -> jax.Array:
@@ -31,9 +32,7 @@ def _decode_signed(codes: jax.Array) -> jax.Array:
 
 
 def _encode_positive(y: jax.Array, draw: jax.Array) -> jax.Array:
-    q = _round_sqrt(y, draw, 255)
-    # no positive number becomes zero: where nu is 0 and mu isn't, a step is mu/ε
-    return _to_low_bits(at_least(q, jnp.where(y > 0, 1.0, 0.0))).astype(jnp.uint8)
+    return _to_low_bits(_round_sqrt(y, draw, 255)).astype(jnp.uint8)
 
 
 def _round_down_positive(y: jax.Array) -> jax.Array:
@@ -47,8 +46,15 @@ def _decode_positive(codes: jax.Array) -> jax.Array:
 
 def _to_low_bits(q: jax.Array) -> jax.Array:
     """Return integers whose low bits are the whole number q, by one addition of 1.5 · 2²³."""
-    return jax.lax.bitcast_convert_type(q + 1.5 * 2.0**23, jnp.int32)
+    return bits_of(q + 1.5 * 2.0**23)
 
 
 SIGNED = Code(jnp.int8, _encode_signed, _decode_signed)
-POSITIVE = Code(jnp.uint8, _encode_positive, _decode_positive, round_down=_round_down_positive)
+POSITIVE = Code(
+    jnp.uint8,
+    _encode_positive,
+    _decode_positive,
+    round_down=_round_down_positive,
+    # no positive number becomes zero: where nu is 0 and mu isn't, a step is mu/ε
+    least=(1 + 2.0**-20) / 255**2,
+)

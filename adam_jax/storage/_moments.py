@@ -76,8 +76,7 @@ def encode(
     if not isinstance(stored, QuantizedLeaf):
         return _dense.encode(x, stored, bits)
     uniform = jnp.float32(0.5) if bits is None else _uniform(bits)
-    # scales and codes need the same x: two fused copies could round differently
-    x = jax.lax.optimization_barrier(x.astype(jnp.float32))
+    x = x.astype(jnp.float32)
     code = _code(stored)
     absmax = None if block_absmax is None else lambda x: block_absmax(x, code.block)
     block = stored.elements_per_scale
@@ -236,6 +235,11 @@ def is_lossy(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
 def any_lossy(moments: Sequence[Sequence[Stored]]) -> bool:
     """Whether any moment of a leaf is quantized or reduced."""
     return any(is_lossy(x) for each in moments for x in each)
+
+
+def any_bfloat16(moments: Sequence[Sequence[Stored]]) -> bool:
+    """Whether any moment of a leaf is stored element by element in bfloat16."""
+    return any(x.dtype == jnp.bfloat16 for each in moments for x in each if not is_lossy(x))
 
 
 def map_reduced(f: Callable[..., Stored], moments: PyTree, *rest: PyTree) -> PyTree:

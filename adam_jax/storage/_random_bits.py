@@ -46,16 +46,22 @@ def name_key(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def random_bits(key: jax.Array, step: jax.Array, position: Position, name: str = "") -> jax.Array:
+def random_bits(
+    key: jax.Array, step: jax.Array, position: Position, name: str = "", *, by_row: bool = True
+) -> jax.Array:
     """Return 32 random bits per element, keyed by leaf, step, position, and name.
 
-    The step is a uint32, because float32 has no odd numbers above 2²⁴.
+    The step is a uint32, because float32 has no odd numbers above 2²⁴. With `by_row`, XLA computes
+    the hash of a row once, in a loop of its own; without it, for each element, in one loop.
     """
     key = _mix(key ^ step) ^ jnp.uint32(name_key(name))
-    row = _mix(position.row ^ key) + position.column * GOLDEN
-    # fused, it would be computed for each element instead of each row
-    row = jax.lax.optimization_barrier(row)
-    return _half_mix(row + position.lane * GOLDEN)
+    row, column, lane = position
+    if not by_row:
+        row = jnp.broadcast_to(row, jnp.broadcast_shapes(row.shape, lane.shape))
+    row = _mix(row ^ key) + column * GOLDEN
+    if by_row:
+        row = jax.lax.optimization_barrier(row)
+    return _half_mix(row + lane * GOLDEN)
 
 
 def second_bits(bits: jax.Array) -> jax.Array:

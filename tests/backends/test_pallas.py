@@ -143,7 +143,7 @@ SHAPES = [(1,), (129,), (33, 96), (700, 3), (500, 300), (2, 16_500), (3, 3, 64, 
 def interpreted(request, monkeypatch):
     """Interpret kernels with the tiles and masks of this compiler."""
     target = getattr(pallas, request.param)()
-    target = target._replace(compiler=lambda _: None, drop=(), interpret=True)
+    target = target._replace(compiler=lambda _: None, rewritings={}, interpret=True)
     monkeypatch.setattr(pallas, "TARGETS", {"cpu": lambda: target})
     monkeypatch.setitem(
         choice.BACKENDS, "pallas", functools.partial(pallas.execute_leaf)
