@@ -7,6 +7,7 @@ Needs pip install -e ".[aot]". Nothing runs: the figures are bytes, instructions
 the compiled programs. Clock rates and bandwidths are nominal.
 """
 
+# ruff: noqa: E402  # libtpu reads the environment
 from __future__ import annotations
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 TPU_DUMP = tempfile.mkdtemp(prefix="adam_jax_llo")
 os.environ |= {  # libtpu reads them when it is loaded, which is at the first topology
     "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the plugin compiles without the libraries it runs on
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes load it, too
@@ -36,9 +38,9 @@ os.environ |= {  # libtpu reads them when it is loaded, which is at the first to
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from tqdm import tqdm
 
 import adam_jax
 from benchmarks import report, trees
@@ -78,6 +80,7 @@ class Chip(NamedTuple):
 TPU = Chip("tpu", "TPU v5 lite", 1.5e9, 819e9, 1024, "tpu_custom_call")
 GPU = Chip("cuda", "NVIDIA H100 80GB HBM3", 1.755e9, 3.35e12, 132 * 4 * 32, "__gpu$xla.gpu.triton")
 CHIPS = {"tpu": TPU, "gpu": GPU}
+ELEMENTS_PER_THREAD = 16  # see adam_jax/_backends/triton.py
 
 
 @functools.cache
@@ -131,7 +134,8 @@ def compiled(chip: Chip, tx: Any, params: Any, way: str = "apply") -> Program:
         for file in glob.glob(f"{TPU_DUMP}/*"):
             os.remove(file)
         dump = tempfile.mkdtemp() if chip is GPU else TPU_DUMP
-        program = lowered.compile({"xla_dump_to": dump} if chip is GPU else {})
+        options = {"xla_dump_to": dump, "xla_dump_emitter_re": ".*"}
+        program = lowered.compile(options if chip is GPU else {})
     size = functools.partial(sum_of, lambda x: math.prod(x.shape) * x.dtype.itemsize)
     read = size(given) + size(state) + size(given)
     written = size(state) + size(given)
@@ -201,5 +205,144 @@ def launches(program: Program) -> int:
     return len(instructions(program))
 
 
-def all_gathers(program: Program) -> int:
-    return len(re.findall(r"\ball-gather(?:-start)?\(", program.text))
+def all_gathers(text: str) -> int:
+    return len(re.findall(r"\ball-gather(?:-start)?\(", text))
+
+
+# What a kernel's instructions say
+
+
+class Sass(NamedTuple):
+    """A GPU kernel's machine code."""
+
+    per_element: float
+    registers: int
+    spilled: int
+    """Bytes."""
+    narrow: int
+    """The accesses to global memory of less than 32 bits."""
+
+
+def sass(program: Program) -> Sass:
+    """Return the code of a GPU program's only kernel."""
+    (ptx,) = [f for f in glob.glob(f"{program.dump}/*.ptx") if "adam_jax_step" in _read(f)]
+    binary = f"{ptx}.cubin"
+    log = _output("ptxas", "-v", "-arch=sm_90a", ptx, "-o", binary)
+    code = _output("nvdisasm", "-c", binary)
+    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", code)
+    for label in re.findall(r"BRA `\((\.L_x_\d+)\)", code):
+        start, end = code.index(f"{label}:"), code.rindex(f"BRA `({label})")
+        if start < end and code.count("\n", start, end) > 2:  # a kernel ends with an empty loop
+            raise ValueError("sass: the kernel must have no loop, whose iterations aren't counted")
+    return Sass(
+        sum(x != "NOP" for x in operations) / ELEMENTS_PER_THREAD,
+        int(re.findall(r"Used (\d+) registers", log)[0]),
+        sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        sum(bool(re.match(r"(LDG|STG)\.E\.[US](8|16)", x)) for x in operations),
+    )
+
+
+def bundles(program: Program) -> float:
+    """Return the bundles per 1024 elements of a TPU program's only kernel, a cycle each."""
+    (file,) = [
+        f
+        for f in glob.glob(f"{program.dump}/*adam_jax_step*final_bundles.txt")
+        if "analysis" not in f
+    ]
+    text = _read(file)
+    if re.search(r"LB: >>", text):
+        raise ValueError("bundles: the kernel must have no loop, whose iterations aren't counted")
+    windows = re.findall(r"window shape is \w+\[([\d,]+)\]", text)
+    tile = max(math.prod(map(int, window.split(","))) for window in windows)
+    return len(re.findall(r"^ *(?:0x[0-9a-f]+|0) ", text, re.MULTILINE)) / (tile / 1024)
+
+
+def compute_over_memory(program: Program) -> float:
+    """Return the time that the kernel's instructions take, over its memory traffic's time."""
+    per_element = bundles(program) if program.chip is TPU else sass(program).per_element
+    return per_element / program.chip.memory_cycles(program.least / program.elements)
+
+
+def _read(file: str) -> str:
+    return Path(file).read_text(errors="replace")
+
+
+def _output(tool: str, *arguments: str) -> str:
+    """Run one of CUDA's tools; the wheels have them in site-packages."""
+    folder = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
+    command = shutil.which(tool, path=folder) or tool
+    done = subprocess.run([command, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+# The rows
+
+
+def optimizer(storage: str) -> tuple[Any, Any]:
+    """Return AdamW with this storage, and its parameters' dtype."""
+    if storage != "int8, master weights":
+        return adam_jax.adamw(1e-3, storage=storage), jnp.float32
+    tx = adam_jax.adamw(1e-3, storage="int8")
+    return adam_jax.master_weights(tx, bits=24), jnp.bfloat16
+
+
+STORAGES = ("float32", "bfloat16", "int8", "compact", "int8, master weights")
+LEAF = {"tpu": (32768, 8192), "gpu": (8192, 4096)}
+
+
+def leaf(name: str, storage: str, way: str) -> Program:
+    """Compile the step of one leaf for the chip of this name."""
+    tx, dtype = optimizer(storage)
+    return compiled(CHIPS[name], tx, jax.ShapeDtypeStruct(LEAF[name], dtype), way)
+
+
+def gpt2(name: str, storage: str, way: str) -> Program:
+    """Compile the step of GPT-2 small for the chip of this name."""
+    tx, dtype = optimizer(storage)
+    return compiled(CHIPS[name], tx, trees.structs(trees.gpt2(), dtype), way)
+
+
+def row(program: Program, name: str) -> dict[str, Any]:
+    """Return the figures of a program with at most one kernel, or of a tree's step."""
+    count, figures = kernels(program), dict.fromkeys(("instructions", "of memory time"), "-")
+    if count == 1:
+        code = None if program.chip is TPU else sass(program)
+        figures["instructions"] = f"{code.per_element if code else bundles(program):.0f}"
+        if code:
+            figures["instructions"] += f" ({code.registers} registers, {code.spilled} B spilled)"
+        figures["of memory time"] = f"{compute_over_memory(program):.2f}"
+    return {
+        "program": name,
+        "bytes / least": f"{moved(program):.2f}",
+        "temporaries, MB": f"{program.temporaries / 1e6:.1f}",
+        "kernels": count,
+        "launches": launches(program) if program.chip is GPU else "-",
+        **figures,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="*", help="compile only rows that contain these words")
+    words = parser.parse_args().words
+    cases = [
+        (f"{name}, {tree.__name__}, {storage}, {way}", tree, name, storage, way)
+        for name in CHIPS
+        for tree in (leaf, gpt2)
+        for storage in STORAGES
+        for way in ("update", "apply")
+        if not (tree is gpt2 and (name == "tpu" or way == "apply"))
+    ]
+    chosen = [case for case in cases if all(word in case[0] for word in words)]
+    rows = [
+        row(tree(name, storage, way), title)
+        for title, tree, name, storage, way in tqdm(chosen, leave=False)
+    ]
+    if words:
+        print(report.table(rows))
+    else:
+        report.write("aot", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import warnings
 from collections.abc import Callable
 
@@ -56,11 +56,20 @@ def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Re
 @functools.cache
 def has_triton() -> bool:
     """Whether this JAX still compiles Pallas kernels with Triton, which jax 0.12 deprecates."""
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    try:
+        importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError:
+        return False
+    return True
 
 
 def execute_in_kernel(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run the step in a Pallas kernel, with the slow import of Pallas only here."""
+    if step.platform == "gpu" and not has_triton():
+        raise NotImplementedError(
+            "implementation='pallas': JAX must have jax.experimental.pallas.triton for kernels on "
+            "gpu, got a JAX without it; use implementation='xla'"
+        )
     from adam_jax._backends import pallas
 
     return pallas.execute_leaf(step, operands, sharding)

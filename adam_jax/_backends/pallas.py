@@ -171,8 +171,9 @@ def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard)
             for x, k in zip(new, written, strict=True)
         ]
 
-    key, *seeds = [None] if operands.seeds is None else operands.seeds
-    shared = Shared(operands.scalars, key, seeds, shard.origin, [])
+    seeds = [] if operands.seeds is None else list(operands.seeds)
+    key = seeds[0] if seeds else None
+    shared = Shared(operands.scalars, key, seeds[1:], shard.origin, [])
     for size in mean_sizes(step, operands):  # one read-only pass per call of `mean`
         partial = call(sums, shared, [Extent(reduced=grid.all_axes)] * size)
         shared.means.append(shard.mean_of_sums([jnp.sum(x) for x in partial]))
@@ -241,9 +242,10 @@ def _call(
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     sums = {j: grid.sums(x) for j, x in enumerate(outputs) if isinstance(x, Extent)}
     replaced = {j: k for j, k in enumerate(outputs) if not isinstance(k, Extent)}
-    in_slices = target.scratch is not None and stages.fits(kinds, grid.columns)
-    plan = stages.plan(rest.jaxpr, grid.columns) if in_slices else None
-    scratch = [target.scratch((grid.rows, grid.columns)) for _ in plan.kept] if plan else []
+    plan, scratch = None, []
+    if target.scratch is not None and stages.fits(kinds, grid.columns):
+        plan = stages.plan(rest.jaxpr, grid.columns)
+        scratch = [target.scratch((grid.rows, grid.columns)) for _ in plan.kept]
 
     def kernel(*refs: Any) -> None:
         counts = itertools.accumulate([len(vectors), len(arrays), len(outputs)])

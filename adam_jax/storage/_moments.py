@@ -239,7 +239,8 @@ def any_lossy(moments: Sequence[Sequence[Stored]]) -> bool:
 
 def any_bfloat16(moments: Sequence[Sequence[Stored]]) -> bool:
     """Whether any moment of a leaf is stored element by element in bfloat16."""
-    return any(x.dtype == jnp.bfloat16 for each in moments for x in each if not is_lossy(x))
+    kept = [x for each in moments for x in each if isinstance(x, jax.Array)]
+    return any(x.dtype == jnp.bfloat16 for x in kept)
 
 
 def map_reduced(f: Callable[..., Stored], moments: PyTree, *rest: PyTree) -> PyTree:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 
 import chex
 import jax
@@ -362,10 +363,11 @@ def test_auto_uses_no_kernel_on_cpu():
 
 @every_platform
 @pytest.mark.parametrize("name", FORMATS)
-def test_auto_uses_a_kernel_on_accelerators_for_int8_and_compact_only(name, platform):
+def test_auto_uses_a_kernel_for_lossy_state_and_on_tpu_for_bfloat16(name, platform):
     tx = adam_jax.adamw(1e-3, storage=by_path)
     with there(platform):
-        assert (kernels(tx, {name: leaves()[name]}) > 0) == (name in ("int8", "compact"))
+        is_kernel = name in ("int8", "compact") or (platform, name) == ("tpu", "bfloat16")
+        assert (kernels(tx, {name: leaves()[name]}) > 0) == is_kernel
 
 
 def test_the_default_device_or_the_mesh_decides_about_kernels(monkeypatch):
@@ -378,6 +380,22 @@ def test_the_default_device_or_the_mesh_decides_about_kernels(monkeypatch):
             assert kernels(tx, params) == 0
     with jax.set_mesh(jax.make_mesh((1,), ("data",))):
         assert kernels(tx, params) == 0
+
+
+def test_auto_needs_no_triton_on_gpu(monkeypatch):
+    """JAX 0.12 deprecates Pallas on Triton; without it, XLA steps quantized state."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delattr(jax.experimental.pallas, "triton", raising=False)
+    choice.has_triton.cache_clear()
+    try:
+        tx, params = adam_jax.adamw(1e-3, storage=by_path), {"int8": jnp.ones((7, 321))}
+        with there("cuda"):
+            assert kernels(tx, params) == 0
+            forced = adam_jax.adamw(1e-3, storage=by_path, implementation="pallas")
+            with pytest.raises(NotImplementedError, match="implementation='xla'"):
+                kernels(forced, params)
+    finally:
+        choice.has_triton.cache_clear()
 
 
 def test_auto_interprets_no_kernel_on_an_accelerators_host():

@@ -1,6 +1,6 @@
-"""Programs compile for a described TPU with its real compiler, on a machine without a TPU.
+"""Programs compile for a described TPU or GPU with its real compiler, on a machine without one.
 
-Needs libtpu, pip install "adam_jax[aot]". Without it these tests are skipped, but not in CI.
+Needs pip install "adam_jax[aot]". Without it these tests are skipped, but not in CI.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +17,15 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import adam_jax
+from benchmarks import aot
 
-os.environ |= {  # read when libtpu is loaded, which is at the first topology
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes of pytest-xdist load it, too
-}
+WHEELS = ("libtpu", "jax_cuda13_plugin")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.standard_promotion,  # Optax's schedules
     pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None and not os.environ.get("CI"),
-        reason="needs libtpu",
+        None in map(importlib.util.find_spec, WHEELS) and not os.environ.get("CI"),
+        reason="needs libtpu and JAX's CUDA plugin",
     ),
 ]
 every_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -37,10 +33,7 @@ SHAPE = (2048, 4096)
 
 
 def described_mesh(kind):
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
-    return Mesh(np.array(devices), ("data",), axis_types=(kind,))
+    return Mesh(np.array(aot.devices(aot.TPU)), ("data",), axis_types=(kind,))
 
 
 def canonical(mesh, storage):
@@ -72,12 +65,12 @@ def compiled(tx, mesh, spec, dtype=jnp.bfloat16, applied=False):
         return step.trace(params, state, params).lower(lowering_platforms=("tpu",)).compile()
 
 
-def count(program, operation):
-    return len(re.findall(rf"\b{operation}(?:-start)?\(", program.as_text()))
-
-
 def kernels(program):
-    return program.as_text().count('custom_call_target="tpu_custom_call"')
+    return program.as_text().count(f'custom_call_target="{aot.TPU.call}"')
+
+
+def gathers(program):
+    return aot.all_gathers(program.as_text())
 
 
 @every_kind
@@ -88,7 +81,7 @@ def test_the_canonical_stack_compiles_to_one_kernel_per_coded_leaf(kind, applied
     mesh = described_mesh(kind)
     program = compiled(canonical(mesh, storage), mesh, P(), applied=applied)
     assert kernels(program) == 1
-    assert count(program, "all-gather") == 1  # of the parameter, or of its update
+    assert gathers(program) == 1  # of the parameter, or of its update
     if applied:  # an update is a float32 array of the leaf's size
         assert program.memory_analysis().temp_size_in_bytes <= 2**21
 
@@ -101,7 +94,7 @@ def test_a_sharded_parameter_is_stepped_by_one_kernel_without_a_gather(kind):
     if kind == AxisType.Auto:
         tx = adam_jax.zero1(tx, mesh, specs={"kernel": P("data"), "bias": P()})
     program = compiled(tx, mesh, P("data"), jnp.float32, applied=True)
-    assert kernels(program) == 1 and count(program, "all-gather") == 0
+    assert kernels(program) == 1 and gathers(program) == 0
 
 
 def test_unknown_shardings_on_automatic_axes_warn_with_the_fix():
@@ -109,4 +102,50 @@ def test_unknown_shardings_on_automatic_axes_warn_with_the_fix():
     tx = adam_jax.adamw(1e-3, storage="int8")
     with pytest.warns(RuntimeWarning, match=r"explicit axes.*zero1\(tx, mesh, specs=specs\)"):
         program = compiled(tx, mesh, P("data"), jnp.float32, applied=True)
-    assert kernels(program) == 0 and count(program, "all-gather") == 0
+    assert kernels(program) == 0 and gathers(program) == 0
+
+
+every_storage = pytest.mark.parametrize("storage", aot.STORAGES)
+TPU_LIMITS = {"bfloat16": 0.5, "int8": 1.35, "compact": 1.2, "int8, master weights": 2.2}
+"""The time of a kernel's instructions on a v5e, over the time of its memory traffic."""
+GPU_LIMITS = {"int8": 90, "compact": 96, "int8, master weights": 133}
+"""The instructions of a kernel per element on an H100."""
+
+
+@every_storage
+def test_a_step_on_tpu_moves_only_what_it_must(storage):
+    program = aot.leaf("tpu", storage, "apply")
+    assert aot.moved(program) <= 1.04  # on TPU, narrow arrays of scales are copied
+    assert program.temporaries <= 2**18
+    assert aot.kernels(program) == (storage in TPU_LIMITS)
+    if storage in TPU_LIMITS:
+        assert aot.compute_over_memory(program) <= TPU_LIMITS[storage]
+
+
+@every_storage
+def test_a_step_on_gpu_moves_only_what_it_must(storage):
+    """With the gradient donated: else XLA copies float32 moments, Optax's, too."""
+    way = "apply" if storage == "int8, master weights" else "update"  # an update is a new array
+    program = aot.leaf("gpu", storage, way)
+    assert aot.moved(program) <= 1.03
+    assert program.temporaries <= (6e6 if storage == "compact" else 2**16)  # partial sums
+    assert aot.kernels(program) == (storage in GPU_LIMITS)
+    if storage in GPU_LIMITS:
+        code = aot.sass(program)
+        assert code.per_element <= GPU_LIMITS[storage]
+        assert code.spilled == 0 and code.narrow == 0
+
+
+@pytest.mark.parametrize("storage, most", [("float32", 160), ("bfloat16", 190), ("int8", 180)])
+def test_a_tree_takes_about_one_launch_for_each_of_its_148_leaves(storage, most):
+    program = aot.gpt2("gpu", storage, "update")
+    assert aot.launches(program) <= most
+
+
+def test_int8_without_a_kernel_keeps_no_float32_moments_on_gpu():
+    """The way to go when JAX removes Triton."""
+    tx = adam_jax.adamw(1e-3, storage="int8", implementation="xla")
+    params = jax.ShapeDtypeStruct((8192, 4096), jnp.float32)
+    program = aot.compiled(aot.GPU, tx, params, "update")
+    assert aot.kernels(program) == 0 and aot.moved(program) <= 1.45
+    assert program.temporaries <= 16e6

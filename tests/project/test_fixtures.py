@@ -59,10 +59,10 @@ def test_a_state_of_an_earlier_version_restores_and_trains(name):
         params = optax.apply_updates(params, updates)
 
     def close(new, expected, old):
-        """Check up to rounding; masters are rounded with other random bits than before."""
+        """Check up to rounding; int8, bfloat16, and masters now draw other random bits."""
         new, expected, old = (jnp.asarray(x, jnp.float32) for x in (new, expected, old))
         moved = jnp.abs(expected - old).max()
-        rounded = 1e-3 if "int8" in name or "bfloat16" in name else 1e-5  # a code may be off by one
+        rounded = 0.03 if "int8" in name or "bfloat16" in name else 1e-5
         tolerance = 0.1 if name.startswith("masters") else rounded
         assert jnp.abs(new - expected).max() <= tolerance * moved
 
