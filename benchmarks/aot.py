@@ -153,6 +153,8 @@ def sum_of(f: Callable[[Any], float], tree: Any) -> float:
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
+_VMEM = "S(1)"
+"""The memory space of arrays in a TPU's vector memory, which XLA prefetches."""
 _FREE |= {"copy-done", "slice-done", "all-gather-done", "async-done"}
 
 
@@ -175,19 +177,34 @@ def instructions(program: Program) -> list[Instruction]:
             continue
         name, shape, operation, rest = match.groups()
         sizes[name] = _bytes(shape)
-        if operation not in _FREE:
-            operands = re.findall(r"%[\w.\-]+", rest.partition(")")[0])
-            moved = sizes[name] + sum(sizes.get(x, 0) for x in operands)
-            found.append(Instruction(operation, moved))
+        if operation in _FREE or "ConcatBitcast" in rest:
+            continue
+        operands = re.findall(r"%[\w.\-]+", rest.partition(")")[0])
+        moved = sizes[name] + sum(sizes.get(x, 0) for x in operands)
+        if operation in ("slice-start", "copy-start") and _VMEM in shape:  # or from there
+            moved = _bytes(re.findall(rf"\w+\[[\d,]*\]\S*{re.escape(_VMEM)}", shape)[0], vmem=True)
+        found.append(Instruction(operation, moved))
     return found
 
 
-def _bytes(shape: str) -> int:
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+def _bytes(shape: str, *, vmem: bool = False) -> int:
+    """Return the size of a shape's arrays, without those in a TPU's vector memory."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape)
     return sum(
-        _SIZES.get(dtype, 4) * math.prod(int(n) for n in size.split(",") if n)
-        for dtype, size in arrays
+        _SIZES.get(dtype, 4) * _elements([int(n) for n in sizes.split(",") if n], layout)
+        for dtype, sizes, layout in arrays
+        if vmem or _VMEM not in layout
     )
+
+
+def _elements(sizes: list[int], layout: str) -> int:
+    """Return the number of elements, with those that fill up a TPU's tiles."""
+    tile = re.match(r"([\d,]+):T\((\d+),(\d+)\)", layout)
+    if tile:
+        minor = [int(axis) for axis in tile[1].split(",")]  # axes, the fastest first
+        for axis, n in zip(minor, (int(tile[3]), int(tile[2])), strict=False):
+            sizes[axis] += -sizes[axis] % n
+    return math.prod(sizes)
 
 
 def moved(program: Program) -> float:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding
 
-from adam_jax._backends import unaligned
+from adam_jax._backends import tile_view, unaligned
 from adam_jax._backends.per_shard import Shard, per_shard
 from adam_jax._backends.step import (
     Aliased,
@@ -22,6 +22,7 @@ from adam_jax._backends.step import (
     complete,
 )
 from adam_jax._util.typing import PyTree
+from adam_jax.storage._blockwise import block_absmax
 from adam_jax.storage._moments import any_lossy
 from adam_jax.storage._random_bits import positions
 
@@ -35,12 +36,20 @@ def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None)
     axis_types = jax.typeof(operands.update).sharding.mesh.axis_types
     if AxisType.Explicit in axis_types and any_lossy(operands.moments):
         return per_shard(functools.partial(_execute_shard, step), step, operands, sharding)
+    if step.platform == "tpu" and tile_view.fits(operands):
+        return _execute_in_tiles(step, operands)
     seeds = operands.seeds
     position = functools.partial(positions, operands.update.shape)
     output, encode = step(operands, Part(_mean, position))
     if seeds is not None and operands.param is not None and orders_writes(step.platform):
         seeds = _after(_new_param(step, operands, output), seeds)
     return Result(output, encode(seeds))
+
+
+def _execute_in_tiles(step: Step, operands: Operands) -> Result:
+    position = functools.partial(tile_view.positions, operands.update.shape)
+    part = Part(_mean, position, lambda x, block: block_absmax(x, block=block))
+    return tile_view.joined(complete(step, tile_view.split(operands), part), step, operands)
 
 
 def _execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:

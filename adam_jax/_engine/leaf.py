@@ -135,7 +135,7 @@ class LeafStep(NamedTuple):
             with _promotion(dtype):
                 new_u, *new = _apply(rule, u, decoded, **given, **hyper, **dict(options))
             draw = _no_bits if t is None else functools.partial(self._draw, part, 2 + k)
-            absmax, is_fused = part.block_absmax, self.platform == "gpu"
+            absmax, is_fused = part.block_absmax, self.platform != "cpu"
             encoders.append(
                 functools.partial(_encode, rule, new, old, u, draw, absmax, self.size, is_fused)
             )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import adam_jax
-from helpers import optimizer, step_of
+from helpers import QUICKLY, optimizer, step_of
 
 SHAPE = (509, 1031)
 LIKE_ADAM = ["adam", "ademamix", "lion"]
@@ -52,3 +54,34 @@ def test_a_nan_or_inf_stays_in_its_element(way):
     np.testing.assert_allclose(params, exact_params, rtol=1e-4)
     for name, moment in moments.items():
         np.testing.assert_allclose(moment, exact[name], rtol=2e-2, atol=5e-3)
+
+
+TPU = AbstractMesh((), (), abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
+
+
+@pytest.mark.parametrize("storage", ["int8", "compact"])
+def test_a_program_for_tpu_computes_what_others_compute(storage):
+    """It reads leaves as a TPU's memory has them, if their rows and columns fill its tiles."""
+    shapes = {"tiles": (32, 384), "many axes": (2, 3, 16, 256), "rows": (36, 256), "row": (64, 100)}
+    params, grads = (
+        {name: jax.random.normal(jax.random.key(k), shape) for name, shape in shapes.items()}
+        for k in range(2)
+    )
+    tx = adam_jax.adamw(1e-3, storage=storage, implementation="xla")
+    state = tx.init(params)
+
+    def result(mesh):
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(applied(tx)).trace(params, state, grads)
+            step = traced.lower(lowering_platforms=("cpu",)).compile(QUICKLY)
+        return step(params, state, grads), step.as_text()
+
+    (new, text), (expected, other_text) = result(TPU), result(AbstractMesh((), ()))
+    assert ",3,8,128]" in text and ",2,8,128]" in text  # 8 rows, 128 columns
+    assert ",8,128]" not in other_text
+    chex.assert_trees_all_close(new[0], expected[0], rtol=1e-6, atol=1e-6)
+    for x, y in zip(*map(jax.tree.leaves, (new[1], expected[1])), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            assert np.mean(x != y) < 1e-3  # a last bit may change a code
+        else:
+            np.testing.assert_allclose(x, y, rtol=1e-6)

@@ -115,7 +115,7 @@ GPU_LIMITS = {"int8": 90, "compact": 96, "int8, master weights": 133}
 @every_storage
 def test_a_step_on_tpu_moves_only_what_it_must(storage):
     program = aot.leaf("tpu", storage, "apply")
-    assert aot.moved(program) <= 1.04  # on TPU, narrow arrays of scales are copied
+    assert aot.moved(program) <= 1.02
     assert program.temporaries <= 2**18
     assert aot.kernels(program) == (storage in TPU_LIMITS)
     if storage in TPU_LIMITS:
@@ -142,10 +142,15 @@ def test_a_tree_takes_about_one_launch_for_each_of_its_148_leaves(storage, most)
     assert aot.launches(program) <= most
 
 
-def test_int8_without_a_kernel_keeps_no_float32_moments_on_gpu():
-    """The way to go when JAX removes Triton."""
+@pytest.mark.parametrize(
+    "chip, way, most_moved, temporaries",
+    [(aot.GPU, "update", 1.45, 16e6), (aot.TPU, "apply", 2.5, 70e6)],  # TPU: all but 2 MB in VMEM
+    ids=["gpu", "tpu"],
+)
+def test_int8_without_a_kernel_keeps_no_float32_moments(chip, way, most_moved, temporaries):
+    """The way to go on GPU when JAX removes Triton, and on TPU where a sharding is unknown."""
     tx = adam_jax.adamw(1e-3, storage="int8", implementation="xla")
     params = jax.ShapeDtypeStruct((8192, 4096), jnp.float32)
-    program = aot.compiled(aot.GPU, tx, params, "update")
-    assert aot.kernels(program) == 0 and aot.moved(program) <= 1.45
-    assert program.temporaries <= 16e6
+    program = aot.compiled(chip, tx, params, way)
+    assert aot.kernels(program) == 0 and aot.moved(program) <= most_moved
+    assert program.temporaries <= temporaries
