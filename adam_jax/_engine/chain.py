@@ -290,6 +290,7 @@ class Chain:
         p: PyTree = operands.param
         stored = operands.moments
         split = isinstance(p, SplitParam)
+        by_addition = split and not emit_params
         emit_params = emit_params or split
         if u is None:
             return p if emit_params else None, stored
@@ -319,7 +320,7 @@ class Chain:
         used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
         sharding = known_shardings.get().get(key)
         execute_leaf = BACKENDS[self.implementation]
-        settings = Settings(stages, layout, execute_leaf, emit_params, sharding)
+        settings = Settings(stages, layout, execute_leaf, emit_params, by_addition, sharding)
         operands = Operands(u, operands.grad, p, used, operands.scalars, None)
         output, new = run_leaf(operands, seeds, settings=settings)
         news = iter(new)

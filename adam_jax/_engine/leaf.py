@@ -56,6 +56,8 @@ class Settings(NamedTuple):
     layout: Layout
     execute_leaf: Callable[[Step, Operands, NamedSharding | None], Result]
     emit_params: bool
+    by_addition: bool
+    """Whether `optax.apply_updates` is to make the new parameter; see `round_to_param`."""
     sharding: NamedSharding | None
 
 
@@ -65,9 +67,9 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
 
     `operands.moments` has only the moments of rules that act on the leaf.
     """
-    stages, layout, execute_leaf, emit_params, sharding = settings
+    stages, layout, execute_leaf, emit_params, by_addition, sharding = settings
     size = np.size(operands.update)
-    step = LeafStep(stages, layout, emit_params, size, target_platform())
+    step = LeafStep(stages, layout, emit_params, by_addition, size, target_platform())
     if seeds is not None:
         operands = operands._replace(seeds=seeds.packed())
     operands = operands._replace(moments=_moments.map_reduced(normalize, operands.moments))
@@ -100,6 +102,7 @@ class LeafStep(NamedTuple):
     stages: Stages
     layout: Layout
     emit_params: bool
+    by_addition: bool
     size: int
     platform: str
 
@@ -145,7 +148,9 @@ class LeafStep(NamedTuple):
             if not isinstance(param, SplitParam):
                 u = u.astype(received.dtype).astype(dtype)  # round like an emitted update
             bits = self._draw(part, 1, seeds) if split_params.needs_random_bits(param) else None
-            output = split_params.round_to_param(param, jnp.add(p, u), bits)
+            output = split_params.round_to_param(
+                param, jnp.add(p, u), bits, by_addition=self.by_addition
+            )
         else:
             output = u.astype(received.dtype)
         return output, lambda seeds: [encode(seeds) for encode in encoders]

@@ -75,23 +75,36 @@ def to_arithmetic(p: PyTree, dtype: jax.typing.DTypeLike) -> jax.Array:
     return _float(_bits(p.value.astype(jnp.float32)) + low).astype(dtype)
 
 
-def round_to_param(p: PyTree, new: jax.Array, random: jax.Array | None) -> PyTree:
-    """Round `new` to the format of p, to nearest or with 32 random bits per element."""
+def round_to_param(
+    p: PyTree, new: jax.Array, random: jax.Array | None, *, by_addition: bool = False
+) -> PyTree:
+    """Round `new` to the format of p, to nearest or with 32 random bits per element.
+
+    With `by_addition`, the value is what `optax.apply_updates` computes from a float32 difference,
+    and the residual is relative to it.
+    """
     if not isinstance(p, SplitParam):
         return new.astype(p.dtype)
     bits = _bits(jnp.where(jnp.abs(new) < TINY, 0, new))
+    is_finite = jnp.isfinite(new)
     dropped = 16 if p.residual is None else _dropped_bits(p.residual.dtype)
     if random is not None:  # round up with the probability that makes the mean exact
-        below = (1 << dropped) - 1
         drawn = (random >> (32 - dropped)).astype(jnp.int32)  # the high bits are best mixed
-        bits = jnp.where(jnp.isfinite(new), (bits + drawn) & ~below, bits)
-    nearest = _float((bits + 0x8000) & ~0xFFFF)
-    before = p.value.astype(jnp.float32)
-    rounded = _to_nearest_even(before + (jnp.where(jnp.isfinite(new), nearest, new) - before))
-    split = p._replace(value=rounded.astype(jnp.bfloat16))
+        bits = jnp.where(is_finite, bits + drawn, bits)
+    bits = bits & ~((1 << dropped) - 1)
+    # the value is rounded to nearest, and the residual is from -half to half - 1
+    half = 0 if p.residual is None else 0x8000
+    shifted = jnp.where(is_finite, bits + half, bits & ~0xFFFF | half)
+    value = _float(shifted & ~0xFFFF)
+    if by_addition:
+        before = p.value.astype(jnp.float32)
+        value = _to_nearest_even(before + (jnp.where(is_finite, value, new) - before))
+    split = p._replace(value=value.astype(jnp.bfloat16))
     if p.residual is None:
         return split
-    return split._replace(residual=_residual(bits, rounded, p.residual.dtype))
+    if by_addition:
+        return split._replace(residual=_residual(bits, value, p.residual.dtype))
+    return split._replace(residual=((shifted ^ half) >> dropped).astype(p.residual.dtype))
 
 
 def _residual(bits: jax.Array, rounded: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

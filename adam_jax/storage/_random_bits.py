@@ -54,10 +54,10 @@ def random_bits(
     The step is a uint32, because float32 has no odd numbers above 2²⁴. With `by_row`, XLA computes
     the hash of a row once, in a loop of its own; without it, for each element, in one loop.
     """
-    key = _mix(key ^ step) ^ jnp.uint32(name_key(name))
     row, column, lane = position
     if not by_row:
-        row = jnp.broadcast_to(row, jnp.broadcast_shapes(row.shape, lane.shape))
+        key = key + ((row | lane) >> 31)
+    key = _mix(key ^ step) ^ jnp.uint32(name_key(name))
     row = _mix(row ^ key) + column * GOLDEN
     if by_row:
         row = jax.lax.optimization_barrier(row)
