@@ -98,12 +98,20 @@ def mosaic() -> Target:
     """Return the target of a kernel that Mosaic compiles, for TPUs."""
     from jax.experimental.pallas import tpu
 
+    from adam_jax._backends.mosaic import FAST
+
     memory = pl.BlockSpec(memory_space=tpu.SMEM)
 
     def scratch(shape: tuple[int, int]) -> Any:
         return tpu.VMEM(shape, jnp.float32)
 
-    return Target(tiles.for_vectors, memory, lambda _: tpu.CompilerParams(), scratch=scratch)
+    return Target(
+        tiles.for_vectors,
+        memory,
+        lambda _: tpu.CompilerParams(),
+        rewritings=FAST,
+        scratch=scratch,
+    )
 
 
 TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}

@@ -85,6 +85,28 @@ def as_product(site: Site) -> Any:
     return x * (1 / y)
 
 
+def by_reciprocal(reciprocal: Callable[[Any], Any]) -> Rewriting:
+    """Return a rewriting of a division of tiles that uses this function.
+
+    A constant is divided exactly: the inverse of a scale is.
+    """
+
+    def rewriting(site: Site) -> Any:
+        product = as_product(site)
+        is_constant = isinstance(site.eqn.invars[0], Literal)
+        if product is not None or is_constant or not is_tile(site.eqn.outvars[0].aval):
+            return product
+        x, y = site.operands
+        return x * reciprocal(y)
+
+    return rewriting
+
+
+def is_tile(x: Any) -> bool:
+    """Whether this is the type of a tile of float32 numbers."""
+    return len(x.shape) == 2 and x.dtype == jnp.float32
+
+
 def maker(x: Any, site: Site) -> JaxprEqn | None:
     """Return the equation that makes x, or None if there is none."""
     return None if isinstance(x, Literal) else site.made_by.get(x)

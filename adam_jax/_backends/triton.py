@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton
 from jax.extend.core import Literal
 
-from adam_jax._backends.rewrite import SIMPLER, Rewriting, Site, as_product, maker
+from adam_jax._backends.rewrite import (
+    SIMPLER,
+    Rewriting,
+    Site,
+    as_scale,
+    by_reciprocal,
+    is_tile,
+    maker,
+)
 
 
 def compiler(elements: int) -> triton.CompilerParams:
@@ -46,24 +54,16 @@ def _ptx(assembly: str, *operands: jax.Array) -> jax.Array:
     return out
 
 
-def _is_tile(x: Any) -> bool:
-    return len(x.shape) == 2 and x.dtype == jnp.float32
-
-
 def _sqrt(site: Site) -> Any:
     """Compute a square root with an error of at most 2⁻²³."""
-    is_tile = _is_tile(site.eqn.outvars[0].aval)
-    return _ptx("sqrt.approx.ftz.f32 $0, $1;", *site.operands) if is_tile else None
+    if not is_tile(site.eqn.outvars[0].aval):
+        return None
+    return _ptx("sqrt.approx.ftz.f32 $0, $1;", *site.operands)
 
 
-def _div(site: Site) -> Any:
-    """Divide with an error of 2 ulp, but exactly if the numerator is a constant."""
-    product = as_product(site)
-    is_constant = isinstance(site.eqn.invars[0], Literal)
-    if product is not None or is_constant or not _is_tile(site.eqn.outvars[0].aval):
-        return product
-    x, y = site.operands
-    return x * _ptx("rcp.approx.ftz.f32 $0, $1;", y)
+def _reciprocal(x: jax.Array) -> jax.Array:
+    """Return 1/x with an error of 1 ulp."""
+    return _ptx("rcp.approx.ftz.f32 $0, $1;", x)
 
 
 _FMA = "fma.rn.ftz.f32 $0, $1, $2, $3;"
@@ -74,7 +74,7 @@ def _fused(product_first: str, product_last: str) -> Rewriting:
     """Return a rewriting of a sum of x·y and z as one instruction, with one rounding."""
 
     def rewriting(site: Site) -> Any:
-        if not _is_tile(site.eqn.outvars[0].aval):
+        if not is_tile(site.eqn.outvars[0].aval):
             return None
         for k, assembly in enumerate((product_first, product_last)):
             made = maker(site.eqn.invars[k], site)
@@ -86,10 +86,23 @@ def _fused(product_first: str, product_last: str) -> Rewriting:
     return rewriting
 
 
+def _mul(site: Site) -> Any:
+    """Turn (x - 1)·y into x·y - y, computed with one rounding."""
+    made = maker(site.eqn.invars[0], site)
+    if made is None or made.primitive.name != "sub" or not is_tile(site.eqn.outvars[0].aval):
+        return as_scale(site)
+    x, one = made.invars
+    if not isinstance(one, Literal) or one.val != 1:
+        return as_scale(site)
+    y = site.operands[1]
+    return _ptx(_NEGATED.format(3, "$1, $2, t"), site.value(x), y, y)
+
+
 FAST: Mapping[str, Rewriting] = {
     **SIMPLER,
+    "mul": _mul,
     "sqrt": _sqrt,
-    "div": _div,
+    "div": by_reciprocal(_reciprocal),
     "add": _fused(_FMA, _FMA),
     "sub": _fused(_NEGATED.format(3, "$1, $2, t"), _NEGATED.format(1, "t, $2, $3")),
 }

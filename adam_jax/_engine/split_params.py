@@ -85,16 +85,14 @@ def round_to_param(
     """
     if not isinstance(p, SplitParam):
         return new.astype(p.dtype)
-    bits = _bits(jnp.where(jnp.abs(new) < TINY, 0, new))
+    exact = bits = _bits(jnp.where(jnp.abs(new) < TINY, 0, new))
     is_finite = jnp.isfinite(new)
     dropped = 16 if p.residual is None else _dropped_bits(p.residual.dtype)
     if random is not None:  # round up with the probability that makes the mean exact
-        drawn = (random >> (32 - dropped)).astype(jnp.int32)  # the high bits are best mixed
-        bits = jnp.where(is_finite, bits + drawn, bits)
-    bits = bits & ~((1 << dropped) - 1)
-    # the value is rounded to nearest, and the residual is from -half to half - 1
+        bits += (random >> (32 - dropped)).astype(jnp.int32)  # the high bits are best mixed
+    # with a residual, from -half to half - 1, the value is rounded to nearest
     half = 0 if p.residual is None else 0x8000
-    shifted = jnp.where(is_finite, bits + half, bits & ~0xFFFF | half)
+    shifted = jnp.where(is_finite, bits + half, exact & ~0xFFFF | half)
     value = _float(shifted & ~0xFFFF)
     if by_addition:
         before = p.value.astype(jnp.float32)

@@ -56,14 +56,16 @@ class Code:
 
     Attributes:
       dtype: the dtype of the codes. Each code needs its own, because it identifies the code.
-      encode: (y, draw) → codes, with y in [-1, 1] ([0, 1] for a code of non-negative numbers) and
-        draw uniform in [0, 1) for stochastic rounding, or 1/2 to round to nearest.
-      decode: codes → y in float32. It must return ±1 and 0 exactly.
+      encode: (y, draw) → codes, with y in [-largest, largest] ([0, largest] for a code of
+        non-negative numbers) and draw uniform in [0, 1) for stochastic rounding, or 1/2 to round to
+        nearest.
+      decode: codes → y / largest in float32. It must return ±1 and 0 exactly.
       block: the number of elements along the last axis that share a scale, a power of two.
       round_down: y → codes, rounded down, possibly to zero, for a running maximum. Without it, a
         running maximum is rounded to nearest.
       least: the smallest positive y that a non-negative moment is encoded from; smaller positive
         numbers become this one. If it has a code of its own, no positive number becomes zero.
+      largest: the y of a block's largest magnitude.
     """
 
     dtype: jax.typing.DTypeLike
@@ -72,6 +74,7 @@ class Code:
     block: int = 128
     round_down: Callable[[jax.Array], jax.Array] | None = None
     least: float = TINY
+    largest: float = 1.0
 
 
 class Options(NamedTuple):
@@ -117,13 +120,14 @@ def encode(
     # coarse scales seldom change; while they don't, rounding down a second time changes nothing
     scales = _round_up_scale(block_max) if round_down else block_max
     scales = jnp.where(jnp.isfinite(block_max), scales, jnp.nan)
-    # slightly above 2/scale, so that block maxima map to exactly 1 despite rounding. It is a normal
+    # slightly above 2/scale, so that block maxima map to `largest` exactly. It is a normal
     # number for scales up to 2¹²⁷; above, a block's largest elements share its largest code.
     inverse = at_least(2 * (1 + 2.0**-22) / at_least(scales, TINY), TINY)
     inverse = jnp.where(scales > 0, inverse, 0)
-    y = x * per_element(inverse, block, n) * 0.5
+    y = x * per_element(inverse, block, n) * (0.5 * code.largest)
     least = TINY if round_down else code.least
-    y = at_most(at_least(y, -1 if options.signed else jnp.where(x > 0, least, 0)), 1)
+    low = -code.largest if options.signed else jnp.where(x > 0, least, 0)
+    y = at_most(at_least(y, low), code.largest)
     codes = round_down(y) if round_down else code.encode(y, draw)
     return QuantizedLeaf(codes, scales)
 

@@ -48,8 +48,9 @@ def register(name: str, signed: Code, positive: Code) -> None:
     >>> from adam_jax.storage import Code, register
     >>> code = Code(
     ...     jnp.float8_e4m3fn,
-    ...     lambda y, draw: (y * 448).astype(jnp.float8_e4m3fn),  # round to nearest
+    ...     lambda y, draw: y.astype(jnp.float8_e4m3fn),  # round to nearest
     ...     lambda codes: codes.astype(jnp.float32) / 448,
+    ...     largest=448,
     ... )
     >>> register("float8 in blocks", code, code)
     >>> tx = adam_jax.adamw(1e-3, storage="float8 in blocks")
@@ -76,7 +77,7 @@ def _problem(name: str, code: Code, exact: tuple[int, ...]) -> str:
     if code.block < 1 or code.block & (code.block - 1):
         return f"has blocks of {code.block}; choose a power of two"
     y = jnp.array(exact, jnp.float32)
-    codes = code.encode(y, jnp.full_like(y, 0.5))
+    codes = code.encode(y * code.largest, jnp.full_like(y, 0.5))
     decoded = code.decode(codes)
     if codes.dtype != dtype or not np.array_equal(decoded, y):
         return (

@@ -85,8 +85,8 @@ def encode(
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
-    """Return 24 of 32 random bits as a number in [0, 1)."""
-    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+    """Return 23 of 32 random bits as a number in [0, 1): the fraction of a float in [1, 2)."""
+    return jax.lax.bitcast_convert_type(bits >> 9 | np.uint32(0x3F800000), jnp.float32) - 1
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
@@ -274,7 +274,8 @@ def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: 
             full = functools.partial(jnp.full, fill_value=value, dtype=dtype)
             return [_shard_like(full(shape), leaf) for shape in kept.shapes(leaf.shape)]
         if isinstance(kept, Code):
-            code = kept.encode(jnp.sign(jnp.asarray(value, jnp.float32)), jnp.float32(0))
+            sign = jnp.sign(jnp.asarray(value, jnp.float32))
+            code = kept.encode(sign * kept.largest, jnp.float32(0))
             magnitude = jnp.abs(jnp.asarray(value, jnp.float32))
             scales = jnp.full(_blockwise.scales_shape(leaf.shape, kept.block), magnitude)
             return [jnp.full_like(leaf, code, dtype=kept.dtype), _shard_like(scales, leaf)]
