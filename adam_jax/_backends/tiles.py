@@ -155,14 +155,14 @@ def for_registers(shape: tuple[int, ...], block: int, reduced: bool) -> Grid:
     """Return small tiles for a GPU, whose rows and columns are powers of two.
 
     Tiles split no block. Among the widths with the least padding, the widest is used. With
-    `reduced`, the narrowest is used, because each tile writes a sum per column.
+    `reduced`, tiles are high, because each writes a sum per column.
     """
-    size = 4096 if reduced else 2048
+    size, most = (8192, 256) if reduced else (2048, 2048)
     leading = shape[:-2] if reduced else ()
     rows, columns = math.prod(shape[len(leading) : -1]), shape[-1]
     least = max(block, min(128, pl.next_power_of_2(columns)))
-    widths = [2**k for k in range(size.bit_length()) if least <= 2**k <= max(size, least)]
-    wide = least if reduced else min(reversed(widths), key=lambda width: -columns % width)
+    widths = [2**k for k in range(size.bit_length()) if least <= 2**k <= max(most, least)]
+    wide = min(reversed(widths), key=lambda width: -columns % width)
     high = min(size // wide, pl.next_power_of_2(rows))
     return Grid((*leading, rows, columns), high, wide)
 
