@@ -66,6 +66,16 @@ def _div(site: Site) -> Any:
     return x * _ptx("rcp.approx.ftz.f32 $0, $1;", y)
 
 
+def _extremum(assembly: str) -> Rewriting:
+    """Return a rewriting of a maximum or minimum that propagates NaN, which Triton's ignore."""
+
+    def rewriting(site: Site) -> Any:
+        is_tile = _is_tile(site.eqn.outvars[0].aval)
+        return _ptx(assembly, *site.operands) if is_tile else None
+
+    return rewriting
+
+
 _FMA = "fma.rn.ftz.f32 $0, $1, $2, $3;"
 _NEGATED = "{{ .reg .f32 t; neg.ftz.f32 t, ${0}; fma.rn.ftz.f32 $0, {1}; }}"
 
@@ -90,6 +100,8 @@ FAST: Mapping[str, Rewriting] = {
     **SIMPLER,
     "sqrt": _sqrt,
     "div": _div,
+    "max": _extremum("max.NaN.ftz.f32 $0, $1, $2;"),
+    "min": _extremum("min.NaN.ftz.f32 $0, $1, $2;"),
     "add": _fused(_FMA, _FMA),
     "sub": _fused(_NEGATED.format(3, "$1, $2, t"), _NEGATED.format(1, "t, $2, $3")),
 }
