@@ -8,9 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
-from jax.extend.core import Literal
+from jax.extend.core import Literal, Var
 
-from adam_jax._backends.rewrite import SIMPLER, Rewriting, Site, as_product, maker
+from adam_jax._backends.rewrite import (
+    SIMPLER,
+    Rewriting,
+    Site,
+    as_extremum,
+    as_product,
+    maker,
+    source,
+)
 
 
 def compiler(elements: int) -> triton.CompilerParams:
@@ -76,6 +84,23 @@ def _extremum(assembly: str) -> Rewriting:
     return rewriting
 
 
+_MAXIMUM = _extremum("max.NaN.ftz.f32 $0, $1, $2;")
+_MINIMUM = _extremum("min.NaN.ftz.f32 $0, $1, $2;")
+
+
+def _select(site: Site) -> Any:
+    """Turn where(x > y, x, y) into a maximum that propagates NaN, unless y is a constant."""
+    out = as_extremum(site)
+    predicate, fallback, *_ = site.eqn.invars
+    if out is None or not isinstance(source(fallback, site), Var):
+        return out
+    made = maker(predicate, site)
+    is_maximum = made is not None and made.primitive.name == "gt"
+    pair = site._replace(operands=site.operands[1:])
+    propagated = (_MAXIMUM if is_maximum else _MINIMUM)(pair)
+    return out if propagated is None else propagated
+
+
 _FMA = "fma.rn.ftz.f32 $0, $1, $2, $3;"
 _NEGATED = "{{ .reg .f32 t; neg.ftz.f32 t, ${0}; fma.rn.ftz.f32 $0, {1}; }}"
 
@@ -100,8 +125,9 @@ FAST: Mapping[str, Rewriting] = {
     **SIMPLER,
     "sqrt": _sqrt,
     "div": _div,
-    "max": _extremum("max.NaN.ftz.f32 $0, $1, $2;"),
-    "min": _extremum("min.NaN.ftz.f32 $0, $1, $2;"),
+    "max": _MAXIMUM,
+    "min": _MINIMUM,
+    "select_n": _select,
     "add": _fused(_FMA, _FMA),
     "sub": _fused(_NEGATED.format(3, "$1, $2, t"), _NEGATED.format(1, "t, $2, $3")),
 }
