@@ -26,6 +26,11 @@ write:
     python tools/house.py
     python -m benchmarks.picture
 
+# Check kernels on this machine's GPU, and measure them: under twenty minutes
+gpu:
+    pytest -m gpu tests/backends
+    python -m benchmarks.gpu
+
 # Run all of CI in fresh virtual environments
 ci *runs:
     bash .ci/run {{ runs }}

@@ -15,11 +15,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+import adam_jax
+
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (Path(__file__).parent / "README.md", DOCS / "speed.md", DOCS / "low_memory.md")
-PACKAGES = ("jax", "jaxlib", "optax", "adam_jax")
-PEERS = ("flashoptim-jax", "torchao", "torch")  # listed if installed
+PACKAGES = ("jax", "jaxlib", "optax")
+PEERS = ("flashoptim-jax", "torchao", "bitsandbytes", "torch")  # listed if installed
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
@@ -52,12 +54,21 @@ def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Pages get the new table between `<!-- benchmarks/NAME -->` and `<!-- /benchmarks/NAME -->`.
     """
+    document = save(name, rows)
+    print(table(rows))
+    for page in PAGES:
+        text = page.read_text()
+        new = filled(text, name, document)
+        if new != text:  # tests may be reading the page
+            page.write_text(new)
+
+
+def save(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write the rows to results/NAME.json with the machine, versions, and date."""
     RESULTS.mkdir(exist_ok=True)
     document = {"date": str(datetime.date.today()), "machine": machine(), "rows": list(rows)}
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    print(table(rows))
-    for page in PAGES:
-        page.write_text(filled(page.read_text(), name, document))
+    return document
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -70,7 +81,9 @@ def filled(page: str, name: str, document: Mapping[str, Any]) -> str:
     """Return the page with the table, machine, versions, and date between the markers."""
     info = document["machine"]
     versions = ", ".join(f"{p} {info[p]}" for p in ("jax", "optax", "torch") if p in info)
-    origin = f"{info['cpu']}, {info['cores']} cores, {versions}, {document['date']}"
+    cpu = f"{info['cpu']}, {info['cores']} cores"
+    device = cpu if info["device"] == "cpu" else info["device"]
+    origin = f"{device}, {versions}, {document['date']}"
     head, marker, rest = page.partition(f"<!-- benchmarks/{name} -->\n")
     end = f"<!-- /benchmarks/{name} -->"
     if not marker or end not in rest:
@@ -88,6 +101,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
+        "adam_jax": adam_jax.__version__,  # which may run from a checkout
         **{package: version(package) for package in PEERS if _installed(package)},
     }
 

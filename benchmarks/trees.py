@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -93,6 +94,16 @@ def arrays(tree: Any, dtype: Any = jnp.float32) -> Any:
         return jnp.array(numbers, dtype)
 
     return jax.tree.map(array, tree, is_leaf=_is_shape)
+
+
+def on_device(tree: Any, dtype: Any = jnp.float32) -> Any:
+    """Return the arrays of `arrays`, computed on the device instead of the host."""
+    return jax.tree.map(lambda shape: _array(shape, dtype), tree, is_leaf=_is_shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _array(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.sin(jnp.arange(math.prod(shape), dtype=jnp.float32)).reshape(shape).astype(dtype)
 
 
 def structs(tree: Any, dtype: Any = jnp.float32) -> Any:

@@ -11,6 +11,7 @@ import gc
 import os
 
 os.environ.pop("XLA_FLAGS", None)  # it could request virtual devices, as `Devices` does
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
 
 import hypothesis
 import jax
@@ -52,9 +53,12 @@ class Devices:
 
 @pytest.fixture(autouse=True)
 def quickly(request: pytest.FixtureRequest):
-    """Leave out most of LLVM's passes, except in `slow` tests: XLA compiles most of the time."""
-    slow = request.node.get_closest_marker("slow") is not None
-    jax.config.update("jax_disable_most_optimizations", not slow)
+    """Leave out most of LLVM's passes, as XLA compiles most of the time.
+
+    `slow` tests, and `gpu` tests, which test the compiled kernels, have all of them.
+    """
+    is_full = any(request.node.get_closest_marker(name) for name in ("slow", "gpu"))
+    jax.config.update("jax_disable_most_optimizations", not is_full)
 
 
 @pytest.fixture(autouse=True)

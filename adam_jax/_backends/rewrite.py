@@ -68,8 +68,8 @@ def as_extremum(site: Site) -> Any:
     functions = {"gt": jnp.maximum, "lt": jnp.minimum}
     if made is None or made.primitive.name not in functions or len(yes) != 1:
         return None
-    x, y = (_source(v, site) for v in made.invars)
-    if (_source(yes[0], site), _source(no, site)) != (x, y):
+    x, y = (source(v, site) for v in made.invars)
+    if (source(yes[0], site), source(no, site)) != (x, y):
         return None
     return functions[made.primitive.name](*site.operands[:0:-1])
 
@@ -130,7 +130,7 @@ def _dtype(x: Any) -> Any:
     return x.aval.dtype
 
 
-def _source(x: Any, site: Site) -> Any:
+def source(x: Any, site: Site) -> Any:
     """Return the variable or number that x repeats."""
     while not isinstance(x, Literal):
         made = site.made_by.get(x)

@@ -8,16 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
-from jax.extend.core import Literal
+from jax.extend.core import Literal, Var
 
 from adam_jax._backends.rewrite import (
     SIMPLER,
     Rewriting,
     Site,
+    as_extremum,
     as_scale,
     by_reciprocal,
     is_tile,
     maker,
+    source,
 )
 
 
@@ -66,6 +68,32 @@ def _reciprocal(x: jax.Array) -> jax.Array:
     return _ptx("rcp.approx.ftz.f32 $0, $1;", x)
 
 
+def _extremum(assembly: str) -> Rewriting:
+    """Return a rewriting of a maximum or minimum that propagates NaN, which Triton's ignore."""
+
+    def rewriting(site: Site) -> Any:
+        return _ptx(assembly, *site.operands) if is_tile(site.eqn.outvars[0].aval) else None
+
+    return rewriting
+
+
+_MAXIMUM = _extremum("max.NaN.ftz.f32 $0, $1, $2;")
+_MINIMUM = _extremum("min.NaN.ftz.f32 $0, $1, $2;")
+
+
+def _select(site: Site) -> Any:
+    """Turn where(x > y, x, y) into a maximum that propagates NaN, unless y is a constant."""
+    out = as_extremum(site)
+    predicate, fallback, *_ = site.eqn.invars
+    if out is None or not isinstance(source(fallback, site), Var):
+        return out
+    made = maker(predicate, site)
+    is_maximum = made is not None and made.primitive.name == "gt"
+    pair = site._replace(operands=site.operands[1:])
+    propagated = (_MAXIMUM if is_maximum else _MINIMUM)(pair)
+    return out if propagated is None else propagated
+
+
 _FMA = "fma.rn.ftz.f32 $0, $1, $2, $3;"
 _NEGATED = "{{ .reg .f32 t; neg.ftz.f32 t, ${0}; fma.rn.ftz.f32 $0, {1}; }}"
 
@@ -103,6 +131,9 @@ FAST: Mapping[str, Rewriting] = {
     "mul": _mul,
     "sqrt": _sqrt,
     "div": by_reciprocal(_reciprocal),
+    "max": _MAXIMUM,
+    "min": _MINIMUM,
+    "select_n": _select,
     "add": _fused(_FMA, _FMA),
     "sub": _fused(_NEGATED.format(3, "$1, $2, t"), _NEGATED.format(1, "t, $2, $3")),
 }

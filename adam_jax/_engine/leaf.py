@@ -20,7 +20,7 @@ from adam_jax._util.declare import Option, Rule
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.typing import PyTree
 from adam_jax.storage import _moments
-from adam_jax.storage._blockwise import QuantizedLeaf, at_most
+from adam_jax.storage._blockwise import QuantizedLeaf
 from adam_jax.storage._moments import BlockAbsmax, Stored
 from adam_jax.storage._random_bits import random_bits, second_bits
 from adam_jax.storage._reduced import means, normalize, sums
@@ -214,8 +214,9 @@ def _encode(
         bits = bits_of(name) if random else None
         finite = None if moment.signed else _signed_in_same_blocks(rule, encoded, stored)
         if _moments.is_reduced(stored):
-            # no sum overflows, and a gradient that isn't finite makes NaN
-            x = at_most(x, float(jnp.finfo(x.dtype).max) / size) + 0 * jnp.abs(received)
+            # no sum overflows, a gradient that isn't finite makes NaN, and NaN stays
+            largest = float(jnp.finfo(x.dtype).max) / size
+            x = jnp.where(x > largest, largest, x) + 0 * jnp.abs(received)
             encoded[name] = sums(x, stored)
             continue
         if _moments.is_quantized(stored) and not moment.signed and finite is None:

@@ -167,6 +167,9 @@ def test_a_gradient_that_overflows_or_is_not_finite():
     _, state = tx.update(jnp.zeros((64, 128)).at[3, 5].set(jnp.nan), tx.init(params))
     assert np.isnan(state.nu.rows[3, 0]) and np.isnan(state.nu.columns[0, 5])
     assert np.isfinite(state.nu.rows[4, 0])
+    for _ in range(2):  # the leaf stays NaN: a large finite average would stop it silently
+        _, state = tx.update(jnp.ones((64, 128)), state, params)
+    assert np.all(np.isnan(state.nu.rows)) and np.all(np.isnan(state.nu.columns))
 
 
 # Policy
