@@ -38,8 +38,18 @@ os.environ |= {  # libtpu reads them when it is loaded, which is at the first to
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec as P,
+    SingleDeviceSharding,
+)
 from tqdm import tqdm
 
 import adam_jax
@@ -125,24 +135,67 @@ def compiled(chip: Chip, tx: Any, params: Any, way: str = "apply") -> Program:
     with there(chip):
         given = place(params)
         state = place(jax.eval_shape(tx.init, given))
-        if way == "apply":
-            step: Any = functools.partial(adam_jax.apply, tx)
-            jitted = jax.jit(step, donate_argnums=(1, 2))
-        else:
-            jitted = jax.jit(tx.update, donate_argnums=(0, 1))
-        lowered = jitted.trace(given, state, given).lower(lowering_platforms=(chip.lowering,))
-        for file in glob.glob(f"{TPU_DUMP}/*"):
-            os.remove(file)
-        dump = tempfile.mkdtemp() if chip is GPU else TPU_DUMP
-        options = {"xla_dump_to": dump, "xla_dump_emitter_re": ".*"}
-        program = lowered.compile(options if chip is GPU else {})
+        # an update overwrites its gradient
+        step = _step(tx, way, donated=(1, 2) if way == "apply" else (0, 1))
+        lowered = step.trace(given, state, given).lower(lowering_platforms=(chip.lowering,))
+        return _program(chip, lowered, given, state)
+
+
+def _step(tx: Any, way: str, donated: tuple[int, ...]) -> Any:
+    step = functools.partial(adam_jax.apply, tx) if way == "apply" else tx.update
+    return jax.jit(step, donate_argnums=donated)
+
+
+def _program(chip: Chip, lowered: Any, params: Any, state: Any) -> Program:
+    for file in glob.glob(f"{TPU_DUMP}/*"):
+        os.remove(file)
+    dump, options = TPU_DUMP, {}
+    if chip is GPU:
+        dump = tempfile.mkdtemp()
+        if len(jax.tree.leaves(params)) == 1:  # for many kernels, this takes most of the time
+            options = {"xla_dump_to": dump, "xla_dump_emitter_re": ".*"}
+    program = lowered.compile(options)
     size = functools.partial(sum_of, lambda x: math.prod(x.shape) * x.dtype.itemsize)
-    read = size(given) + size(state) + size(given)
-    written = size(state) + size(given)
-    analysis = program.memory_analysis()
-    elements = int(sum_of(lambda x: math.prod(x.shape), given))
-    temporaries = analysis.temp_size_in_bytes
+    read = size(params) + size(state) + size(params)
+    written = size(state) + size(params)
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    elements = int(sum_of(lambda x: math.prod(x.shape), params))
     return Program(chip, program.as_text(), temporaries, int(read + written), elements, dump)
+
+
+def mesh(kind: AxisType) -> Mesh:
+    """Return a mesh of four described TPUs."""
+    return Mesh(np.array(devices(TPU)), ("data",), axis_types=(kind,))
+
+
+def sharded(tx: Any, on: Mesh, spec: P, dtype: Any = jnp.bfloat16, way: str = "apply") -> Program:
+    """Compile the step of a kernel with this spec, and of a bias, for a mesh of TPUs."""
+    place = functools.partial(NamedSharding, on)
+    params = {
+        "kernel": jax.ShapeDtypeStruct((2048, 4096), dtype, sharding=place(spec)),
+        "bias": jax.ShapeDtypeStruct((16,), dtype, sharding=place(P())),
+    }
+    with jax.sharding.use_abstract_mesh(on.abstract_mesh):
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(tx.init, params),
+            adam_jax.state_sharding(tx, params),
+        )
+        step = _step(tx, way, donated=(1, 2) if way == "apply" else (1,))
+        lowered = step.trace(params, state, params).lower(lowering_platforms=(TPU.lowering,))
+        return _program(TPU, lowered, params, state)
+
+
+def stack(storage: str, kind: AxisType, way: str) -> Program:
+    """Compile the README's stack on a mesh: clipping, AdamW, a schedule, master weights, ZeRO-1."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 10_000)
+    mask = adam_jax.not_matching("bias", "norm")
+    tx = adam_jax.chain(
+        adam_jax.clip_by_global_norm(1.0),
+        adam_jax.adamw(schedule, weight_decay=0.1, weight_decay_mask=mask, storage=storage),
+    )
+    on = mesh(kind)
+    return sharded(adam_jax.zero1(adam_jax.master_weights(tx, bits=24), on), on, P(), way=way)
 
 
 def sum_of(f: Callable[[Any], float], tree: Any) -> float:
@@ -222,8 +275,8 @@ def launches(program: Program) -> int:
     return len(instructions(program))
 
 
-def all_gathers(text: str) -> int:
-    return len(re.findall(r"\ball-gather(?:-start)?\(", text))
+def all_gathers(program: Program) -> int:
+    return len(re.findall(r"\ball-gather(?:-start)?\(", program.text))
 
 
 # What a kernel's instructions say
@@ -319,46 +372,95 @@ def gpt2(name: str, storage: str, way: str) -> Program:
     return compiled(CHIPS[name], tx, trees.structs(trees.gpt2(), dtype), way)
 
 
-def row(program: Program, name: str) -> dict[str, Any]:
+def fallback(name: str, storage: str, way: str) -> Program:
+    """Compile the step of one leaf in XLA, without a kernel."""
+    tx = adam_jax.adamw(1e-3, storage=storage, implementation="xla")
+    return compiled(CHIPS[name], tx, jax.ShapeDtypeStruct(LEAF["gpu"], jnp.float32), way)
+
+
+def row(title: str, program: Program) -> dict[str, Any]:
     """Return the figures of a program with at most one kernel, or of a tree's step."""
-    count, figures = kernels(program), dict.fromkeys(("instructions", "of memory time"), "-")
-    if count == 1:
-        code = None if program.chip is TPU else sass(program)
-        figures["instructions"] = f"{code.per_element if code else bundles(program):.0f}"
-        if code:
-            figures["instructions"] += f" ({code.registers} registers, {code.spilled} B spilled)"
-        figures["of memory time"] = f"{compute_over_memory(program):.2f}"
+    count = kernels(program)
+    is_alone = count == 1 and launches(program) < 50
+    code = sass(program) if is_alone and program.chip is GPU else None
+    per_element = None
+    if is_alone:
+        per_element = bundles(program) if code is None else code.per_element
+    on_mesh = "stack" in title
     return {
-        "program": name,
-        "bytes / least": f"{moved(program):.2f}",
+        "program": title,
+        "bytes / least": "-" if on_mesh else f"{moved(program):.2f}",
         "temporaries, MB": f"{program.temporaries / 1e6:.1f}",
         "kernels": count,
         "launches": launches(program) if program.chip is GPU else "-",
-        **figures,
+        "all-gathers": all_gathers(program) if on_mesh else "-",
+        "instructions": "-" if per_element is None else f"{per_element:.1f}",
+        "registers": "-" if code is None else f"{code.registers}, {code.spilled} B spilled",
+        "of memory time": "-" if not is_alone or on_mesh else f"{compute_over_memory(program):.2f}",
     }
+
+
+def cases() -> dict[str, Callable[[], Program]]:
+    """Return functions that compile the programs, by their titles."""
+    found: dict[str, Callable[[], Program]] = {}
+    for name in CHIPS:
+        for storage in STORAGES:
+            for way in ("update", "apply"):
+                title = f"{name}, leaf, {storage}, {way}"
+                found[title] = functools.partial(leaf, name, storage, way)
+            if name == "gpu":
+                title = f"{name}, GPT-2 small, {storage}, update"
+                found[title] = functools.partial(gpt2, name, storage, "update")
+        way = "apply" if name == "tpu" else "update"
+        found[f"{name}, leaf, int8, {way}, in XLA"] = functools.partial(fallback, name, "int8", way)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        for storage in ("int8", "compact"):
+            title = f"tpu, stack on 2×2, {storage}, apply, {kind.name.lower()} axes"
+            found[title] = functools.partial(stack, storage, kind, "apply")
+    return found
+
+
+SUMMARY = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+    "compact": "compact",
+    "int8, master weights": "int8, bfloat16 parameters and masters of 24 bits",
+}
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row for each storage."""
+    by_title = {row["program"]: row for row in rows}
+    return [
+        {
+            "AdamW": text,
+            "v5e: bytes / least": by_title[f"tpu, leaf, {storage}, apply"]["bytes / least"],
+            "v5e: compute / memory time": by_title[f"tpu, leaf, {storage}, apply"][
+                "of memory time"
+            ],
+            "H100: compute / memory time": by_title[f"gpu, leaf, {storage}, apply"][
+                "of memory time"
+            ],
+            "H100: launches for GPT-2's 148 leaves": by_title[
+                f"gpu, GPT-2 small, {storage}, update"
+            ]["launches"],
+        }
+        for storage, text in SUMMARY.items()
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("words", nargs="*", help="compile only rows that contain these words")
     words = parser.parse_args().words
-    cases = [
-        (f"{name}, {tree.__name__}, {storage}, {way}", tree, name, storage, way)
-        for name in CHIPS
-        for tree in (leaf, gpt2)
-        for storage in STORAGES
-        for way in ("update", "apply")
-        if not (tree is gpt2 and (name == "tpu" or way == "apply"))
-    ]
-    chosen = [case for case in cases if all(word in case[0] for word in words)]
-    rows = [
-        row(tree(name, storage, way), title)
-        for title, tree, name, storage, way in tqdm(chosen, leave=False)
-    ]
+    chosen = {t: make for t, make in cases().items() if all(word in t for word in words)}
+    rows = [row(title, make()) for title, make in tqdm(chosen.items(), leave=False)]
     if words:
         print(report.table(rows))
-    else:
-        report.write("aot", rows)
+        return
+    report.write("aot", rows)
+    report.write("aot_summary", summary(rows))
 
 
 if __name__ == "__main__":

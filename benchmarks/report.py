@@ -22,6 +22,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (Path(__file__).parent / "README.md", DOCS / "speed.md", DOCS / "low_memory.md")
 PACKAGES = ("jax", "jaxlib", "optax")
 PEERS = ("flashoptim-jax", "torchao", "bitsandbytes", "torch")  # listed if installed
+PEERS += ("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:

@@ -37,7 +37,8 @@ def apply(
       **extra: further arguments of `tx.update`.
 
     Returns:
-      the new parameters, with dtypes unchanged, and the new state.
+      the new parameters, with dtypes unchanged, and the new state. (`master_weights` describes a
+      rare difference.)
 
     Raises:
       ValueError: as in `tx.update`, if the gradients or the state don't fit.

@@ -62,7 +62,7 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 32) -> Transfor
 
     `optax.apply_updates` is exact if the new parameter is 0 or at least 2⁻¹⁵ of the old one's size.
     Otherwise, its float32 addition may give a neighboring value, and the residual is relative to
-    that value. Numbers below 2⁻¹²⁶ count as 0.
+    that value. `adam_jax.apply` always gives the nearest value. Numbers below 2⁻¹²⁶ count as 0.
     Source: FlashOptim (2026), arXiv:2602.23349; computing the residual after the addition is ours.
 
     Args:
