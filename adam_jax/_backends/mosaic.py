@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.experimental import pallas
 from jax.experimental.pallas import tpu
 
-from adam_jax._backends.rewrite import SIMPLER, Rewriting, by_reciprocal
+from adam_jax._backends.rewrite import (
+    SIMPLER,
+    Rewriting,
+    Site,
+    as_extremum,
+    by_reciprocal,
+    maker,
+    source,
+)
+from adam_jax._util.numerics import TINY
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:
@@ -19,5 +29,17 @@ def _reciprocal(x: jax.Array) -> jax.Array:
     return jax.lax.select(nearer == nearer, nearer, about)  # 0·Inf for x = 0 and x = Inf
 
 
-FAST: Mapping[str, Rewriting] = {**SIMPLER, "div": by_reciprocal(_reciprocal)}
+def _select(site: Site) -> Any:
+    """Turn where(|x| < TINY, 0, x) into x, because a TPU's arithmetic makes no smaller number."""
+    out = as_extremum(site)
+    predicate, x, zero = site.eqn.invars
+    made = maker(predicate, site)
+    if out is not None or made is None or made.primitive.name != "lt":
+        return out
+    size, low = (maker(made.invars[0], site), source(made.invars[1], site))
+    is_size = size is not None and size.primitive.name == "abs" and size.invars[0] is x
+    return site.value(x) if is_size and (low, source(zero, site)) == (TINY, 0) else None
+
+
+FAST: Mapping[str, Rewriting] = {**SIMPLER, "select_n": _select, "div": by_reciprocal(_reciprocal)}
 """Rewritings into instructions that Mosaic doesn't use by itself."""

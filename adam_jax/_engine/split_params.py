@@ -92,7 +92,7 @@ def round_to_param(
         bits += (random >> (32 - dropped)).astype(jnp.int32)  # the high bits are best mixed
     # with a residual, from -half to half - 1, the value is rounded to nearest
     half = 0 if p.residual is None else 0x8000
-    shifted = jnp.where(is_finite, bits + half, exact & ~0xFFFF | half)
+    shifted = jnp.where(is_finite, bits, exact & ~0xFFFF) + half
     value = _float(shifted & ~0xFFFF)
     if by_addition:
         before = p.value.astype(jnp.float32)
