@@ -27,6 +27,8 @@ from adam_jax.analysis.catalogue import constructors
 
 MB = 10**6
 QUICKLY = {"xla_backend_optimization_level": 0}  # halves the time that compilation takes
+CALL = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
+"""A kernel's custom call, by platform."""
 
 # Rules
 
@@ -48,6 +50,7 @@ def mars_reference(g, s, *, t, gamma=0.025, b1=0.95):
     return reference.mars(g, previous, gamma=gamma, b1=b1), {"g_prev": g}
 
 
+EVERY_RULE = {**adam_jax.rules.RULES, "homemade": homemade}
 REFERENCES = {"homemade": homemade_reference, "mars": mars_reference}
 RULES = {
     "homemade": homemade,

@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_pallas import CALL, EVERY_RULE
 
 import adam_jax
 from adam_jax._backends import choice, pallas, triton
-from helpers import QUICKLY, REFERENCES, TYPICAL, defaults, leaves_of, masters
+from helpers import CALL, EVERY_RULE, QUICKLY, REFERENCES, TYPICAL, defaults, leaves_of, masters
 
 pytestmark = pytest.mark.standard_promotion  # apply_updates adds float32 to bfloat16
 

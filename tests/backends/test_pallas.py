@@ -17,20 +17,19 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as
 import adam_jax
 from adam_jax._backends import choice, pallas
 from helpers import (
+    CALL,
+    EVERY_RULE,
     QUICKLY,
     REFERENCES,
     defaults,
-    homemade,
     largest_sent,
     other_rules_slowly,
     typical_rules,
 )
 
 FORMATS = ("float32", "bfloat16", "int8", "compact")
-EVERY_RULE = {**adam_jax.rules.RULES, "homemade": homemade}
 every_rule = pytest.mark.parametrize("name", EVERY_RULE)
 
-CALL = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
 every_platform = pytest.mark.parametrize("platform", CALL)
 DEVICES = {
     "cuda": jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"),
