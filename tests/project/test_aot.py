@@ -104,3 +104,9 @@ def test_int8_without_a_kernel_keeps_no_float32_moments(name, way, most_moved, t
     program = aot.fallback(name, "int8", way)
     assert aot.kernels(program) == 0 and aot.moved(program) <= most_moved
     assert program.temporaries <= temporaries
+
+
+def test_master_weights_by_update_need_few_instructions_on_gpu():
+    """They round what `optax.apply_updates` makes of a float32 difference."""
+    code = aot.sass(aot.leaf("gpu", "int8, master weights", "update"))
+    assert code.per_element <= 125 and code.spilled == 0
