@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 os.environ.pop("XLA_FLAGS", None)  # it could request virtual devices, as `Devices` does
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
@@ -17,6 +18,9 @@ import hypothesis
 import jax
 import jax.extend
 import pytest
+
+if os.environ.get("WITHOUT_TRITON"):  # as in a JAX that has dropped it
+    sys.modules["jax.experimental.pallas.triton"] = None  # pyright: ignore[reportArgumentType]
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # the first example compiles
 hypothesis.settings.load_profile("unhurried")

@@ -23,12 +23,14 @@ from jax.sharding import AxisType
 import adam_jax
 import reference
 from adam_jax import positive, rule, signed
+from adam_jax._backends.choice import has_triton
 from adam_jax.analysis.catalogue import constructors
 
 MB = 10**6
 QUICKLY = {"xla_backend_optimization_level": 0}  # halves the time that compilation takes
 CALL = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
 """A kernel's custom call, by platform."""
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs a JAX with Pallas on Triton")
 
 # Rules
 
