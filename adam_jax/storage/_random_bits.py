@@ -54,11 +54,11 @@ def random_bits(
     The step is a uint32, because float32 has no odd numbers above 2²⁴. With `by_row`, XLA computes
     the hash of a row once, in a loop of its own; without it, for each element, in one loop.
     """
-    key = _mix(key ^ step) ^ jnp.uint32(name_key(name))
+    key = mix(key ^ step) ^ jnp.uint32(name_key(name))
     row, column, lane = position
     if not by_row:
         row = jnp.broadcast_to(row, jnp.broadcast_shapes(row.shape, lane.shape))
-    row = _mix(row ^ key) + column * GOLDEN
+    row = mix(row ^ key) + column * GOLDEN
     if by_row:
         row = jax.lax.optimization_barrier(row)
     return _half_mix(row + lane * GOLDEN)
@@ -69,7 +69,7 @@ def second_bits(bits: jax.Array) -> jax.Array:
     return bits + (bits << 16)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mix(x: jax.Array) -> jax.Array:
     """Mix 32-bit integers bijectively, so that every input bit affects every output bit."""
     x = _half_mix((x ^ (x >> 16)) * np.uint32(0x21F0AAAD))
     return x ^ (x >> 15)
