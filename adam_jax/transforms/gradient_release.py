@@ -84,7 +84,7 @@ class GradientRelease:
             for owner, x in zip(layout.owners, leaves, strict=True)
         ]
         zero = jnp.zeros([], jnp.float32)
-        return GradientReleaseState(layout.treedef.unflatten(leaves), zero, jnp.zeros(count))
+        return GradientReleaseState(layout.treedef.unflatten(leaves), zero, jnp.zeros(count, jnp.float32))
 
     def __call__(
         self,
