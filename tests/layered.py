@@ -118,6 +118,7 @@ def trained(step, params, tokens):
 
 def difference(a, b):
     """Return the largest difference of two trees, relative to the largest element of each leaf."""
+
     def relative(x, y):
         x, y = (np.asarray(z, np.float64) for z in (x, y))
         return np.max(np.abs(x - y)) / max(np.max(np.abs(y)), 1e-30)

@@ -30,8 +30,8 @@ def _unchanged(sums: PyTree) -> PyTree:
 class Part(NamedTuple):
     """A part of the parameters; by default, all of them."""
 
-    index: jax.Array | None = None
-    """The index of a layer."""
+    layer: jax.Array | None = None
+    """The index of the layer, if the part is one."""
     total: Callable[[PyTree], PyTree] = _unchanged
     """(sums over this part) → sums over all parts, which are only complete in the last part."""
     carrier: Key | None = None
@@ -53,8 +53,8 @@ def stepping(part: Part) -> Generator[None, None, None]:
 
 def seed_of_layer(seed: np.uint32) -> np.uint32 | jax.Array:
     """Return a leaf's seed, mixed with the layer's index; layer 0 keeps the seed."""
-    index = _part.get().index
-    return seed if index is None else mix(index.astype(jnp.uint32)) ^ seed
+    layer = _part.get().layer
+    return seed if layer is None else mix(layer.astype(jnp.uint32)) ^ seed
 
 
 def total(sums: PyTree) -> PyTree:

@@ -637,11 +637,7 @@ def layered(params: Any) -> None:
     """Check that parameters have an outer part, and layers that are stacked along axis 0."""
     form = '{"outer": ..., "layers": leaves stacked along axis 0}'
     if not isinstance(params, dict) or params.keys() != {"outer", "layers"}:
-        got = (
-            f"the keys {', '.join(map(repr, params))}"
-            if isinstance(params, dict)
-            else _shown(params)
-        )
+        got = f"the keys {list(params)}" if isinstance(params, dict) else _shown(params)
         raise value_error(f"params must be {form}, got {got}")
     for part in ("outer", "layers"):
         leaves = leaves_with_path({part: params[part]})
@@ -667,8 +663,8 @@ def floating(what: str, tree: PyTree) -> None:
     for path, x in leaves_with_path(tree):
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise value_error(
-                f"{what} must be floating-point, got {x.dtype} at {path_string(path)!r}; pass other "
-                f"arrays as shared="
+                f"{what} must be floating-point, got {x.dtype} at {path_string(path)!r}; pass "
+                f"other arrays as shared="
             )
 
 

@@ -36,7 +36,6 @@ from adam_jax.transforms.layered import (
     Layout,
     Leaves,
     layer_of,
-    part_of,
     with_layer,
 )
 from adam_jax.transforms.layered_model import Forward, Function, Model, Pass
@@ -84,7 +83,9 @@ class GradientRelease:
             for owner, x in zip(layout.owners, leaves, strict=True)
         ]
         zero = jnp.zeros([], jnp.float32)
-        return GradientReleaseState(layout.treedef.unflatten(leaves), zero, jnp.zeros(count, jnp.float32))
+        return GradientReleaseState(
+            layout.treedef.unflatten(leaves), zero, jnp.zeros(count, jnp.float32)
+        )
 
     def __call__(
         self,
@@ -129,7 +130,7 @@ def gradient_release(
 
     It equals the usual step in which `tx` steps each layer by itself, `jax.vmap(tx.update)` over
     layers. So means over a leaf, such as a trust ratio, are over one layer, and storage formats
-    depend on the size of one layer. There is one step count, and each layer has its own random bits.
+    depend on the size of one layer. There is one step count. Each layer has its own random bits.
 
     Args:
       tx: any Optax transformation that doesn't need the gradient of all parameters at once.
@@ -200,15 +201,16 @@ def _step(
     def total(sums: PyTree) -> PyTree:
         return jax.tree.map(jnp.add, sums, next(summed))
 
-    own = sum_of_squares(gradient)
+    square = sum_of_squares(gradient)
     stepper = stepper.with_layers(layers, states)
-    outer, rest = stepper.step(
-        OUTER, gradient, params[OUTER], stepper.state_leaves[OUTER], own, parts.Part(total=total)
+    old = params[OUTER], stepper.state_leaves[OUTER]
+    outer, leaves = stepper.step(OUTER, gradient, *old, square, parts.Part(total=total))
+    new = GradientReleaseState(
+        stepper.state.join({**leaves, LAYERS: states}),
+        jnp.sqrt(square + jnp.sum(squares)).astype(jnp.float32),
+        jnp.sqrt(squares).astype(jnp.float32),
     )
-    new = stepper.state.join({**rest, LAYERS: states})
-    norm = jnp.sqrt(own + jnp.sum(squares)).astype(jnp.float32)
-    norms = jnp.sqrt(squares).astype(jnp.float32)
-    return {OUTER: outer, LAYERS: layers}, GradientReleaseState(new, norm, norms), forward.value
+    return {OUTER: outer, LAYERS: layers}, new, forward.value
 
 
 def _square_of_gradient(run: Pass, forward: Forward, params: PyTree) -> jax.Array:
@@ -235,9 +237,11 @@ def _with_first_norm(state: PyTree, square: Callable[[], jax.Array]) -> PyTree:
     if not found:
         return state
     missing = functools.reduce(jnp.logical_or, [s.norm == 0 for s in found])
-    own = jax.lax.cond(
-        missing, lambda: jnp.sqrt(square()).astype(jnp.float32), lambda: jnp.float32(0)
-    )
+
+    def norm() -> jax.Array:
+        return jnp.sqrt(square()).astype(jnp.float32)
+
+    own = jax.lax.cond(missing, norm, lambda: jnp.zeros([], jnp.float32))
 
     def fill(s: PyTree) -> PyTree:
         return PreviousNormState(jnp.where(s.norm == 0, own, s.norm)) if is_previous(s) else s
@@ -333,56 +337,54 @@ class _Stepper(NamedTuple):
 
         `square` is the gradient's sum of squares.
         """
-        g, p = {part: _leaves(gradient)}, {part: _leaves(params)}
-        s = {part: state, SHARED: self.state_leaves[SHARED]}
+        given = _Leaves(_leaves(gradient), state, _leaves(params))
+        shared = {SHARED: self.state_leaves[SHARED]}
+        trees = [{part: leaves} for leaves in given]
         if self.total is not None:
             other = OUTER if part == LAYERS else LAYERS
-            rest = jnp.sqrt(jnp.maximum(self.total - square, 0))
-            carrier, *carried = self._carrier(other, rest)
-            for leaves, xs in zip((g, p, s), carried, strict=True):
-                leaves[other] = xs
+            carrier, carried = self._carrier(other, self.total - square)
+            trees = [{**tree, other: leaves} for tree, leaves in zip(trees, carried, strict=True)]
             context = context._replace(carrier=(path_string(carrier), 0))
+        g, s, p = trees
         with parts.stepping(context):
-            trees = self.params.join(g), self.state.join(s), self.params.join(p)
-            new_params, new_state = apply(self.tx, *trees)
+            joined = self.params.join(g), self.state.join({**s, **shared}), self.params.join(p)
+            new_params, new_state = apply(self.tx, *joined)
         structure = jax.tree.structure(params, is_leaf=is_box)
-        return structure.unflatten(self.params.split(new_params)[part]), self.state.split(new_state)
+        new_leaves = self.params.split(new_params)[part]
+        return structure.unflatten(new_leaves), self.state.split(new_state)
 
-    def _carrier(
-        self, part: str, norm: jax.Array
-    ) -> tuple[KeyPath, Sequence[PyTree], Sequence[PyTree], Sequence[PyTree]]:
-        """Return the smallest leaf of a part, its gradient with this norm, its parameter, and state."""
-        layer = {LAYERS: layer_of(self.tree[LAYERS], 0), OUTER: self.tree[OUTER]}
-        states = self.state_leaves[part]
+    def _carrier(self, part: str, square: jax.Array) -> tuple[KeyPath, _Leaves]:
+        """Return the smallest leaf of a part, for a gradient with this sum of squares.
+
+        So a norm over the gradient of two parts is the norm of the whole gradient.
+        """
+        tree, state = self.tree[part], self.state_leaves[part]
         if part == LAYERS:
-            states = layer_of(states, 0)
-        owner, leaf = min(
-            ((path, x) for path, x in leaves_with_path(layer) if part_of(path) == part),
-            key=lambda pair: pair[1].size,
-        )
-        leaves = _leaves(layer[part])
-        gradients = [jax.tree.map(functools.partial(_with_norm, norm), x) for x in leaves]
-        return (
-            owner,
-            self.params.only(owner, gradients),
-            self.params.only(owner, leaves),
-            self.state.only(owner, states),
-        )
+            tree, state = layer_of((tree, state), 0)
+        leaves = leaves_with_path({part: tree})
+        owner, _ = min(leaves, key=lambda leaf: leaf[1].size)
+        params = self.params.only(owner, _leaves(tree))
+        gradient = jax.tree.map(functools.partial(_with_square, square), params)
+        return owner, _Leaves(gradient, self.state.only(owner, state), params)
 
 
-def _with_norm(norm: jax.Array, like: jax.Array) -> jax.Array:
-    """Return an array with this norm, which a few elements share if the dtype is narrow."""
-    left, elements = norm**2, []
+class _Leaves(NamedTuple):
+    """The leaves of one part, with `MaskedNode`s for omitted leaves."""
+
+    gradient: Sequence[PyTree]
+    state: Sequence[PyTree]
+    params: Sequence[PyTree]
+
+
+def _with_square(square: jax.Array, like: jax.Array) -> jax.Array:
+    """Return an array with this sum of squares, over several elements if the dtype is narrow."""
+    left, elements = jnp.maximum(square, 0), []
     for _ in range(min(like.size, 4)):
-        size = (jnp.sqrt(left) * (1 - jnp.finfo(like.dtype).eps)).astype(like.dtype)
-        left = jnp.maximum(left - size.astype(left.dtype) ** 2, 0)
-        elements.append(size)
-    return (
-        jnp.zeros(like.size, like.dtype)
-        .at[: len(elements)]
-        .set(jnp.stack(elements))
-        .reshape(like.shape)
-    )
+        largest = jnp.sqrt(left) * (1 - jnp.finfo(like.dtype).eps).astype(left.dtype)
+        elements.append(largest.astype(like.dtype))
+        left = jnp.maximum(left - elements[-1].astype(left.dtype) ** 2, 0)
+    flat = jnp.zeros(like.size, like.dtype)
+    return flat.at[: len(elements)].set(jnp.stack(elements)).reshape(like.shape)
 
 
 def _leaves(tree: PyTree) -> list[PyTree]:

@@ -46,7 +46,7 @@ class Layout(NamedTuple):
         leaves = list(zip(self.parts, self.treedef.flatten_up_to(tree), strict=True))
         return {part: [x for p, x in leaves if p == part] for part in (OUTER, LAYERS, SHARED)}
 
-    def leaf_parts(self, tree: PyTree) -> list[str]:
+    def parts_of_arrays(self, tree: PyTree) -> list[str]:
         """Return the part of each array in a tree of this layout."""
         leaves = self.treedef.flatten_up_to(tree)
         pairs = zip(self.parts, leaves, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -20,7 +21,7 @@ Function: TypeAlias = Callable[..., PyTree]
 class Context(NamedTuple):
     """The argument `ctx` of the model's functions."""
 
-    index: jax.Array | None
+    index: jax.Array | None  # type: ignore[assignment]  # tuple has a method of that name
     """The index of the layer; None in `first` and `last`."""
     key: jax.Array | None
     """A random key of this function's own, different in each layer; None without a key."""
@@ -146,10 +147,9 @@ class Pass:
 
     def _context(self, index: jax.Array | None, *place: jax.typing.ArrayLike) -> Context:
         """Return the context of a function, with a key for its place in the model."""
-        key = self.key
-        for number in place if key is not None else ():
-            key = jax.random.fold_in(key, number)
-        return Context(index, key, self.shared)
+        if self.key is None:
+            return Context(index, None, self.shared)
+        return Context(index, functools.reduce(jax.random.fold_in, place, self.key), self.shared)
 
     def _microbatches(self, *trees: PyTree) -> PyTree:
         """Return the index of each microbatch and its part of each tree, stacked along axis 0.

@@ -19,9 +19,9 @@ from adam_jax._util.typing import PyTree
 from adam_jax.transforms.layered import LAYERS, OUTER, SHARED, Layout
 
 CHOICES = (
-    "clip each layer by itself, e.g. with optax.adaptive_grad_clip; use adam_jax.stable_adamw, which "
-    "needs no clipping; clip by the norm of the step before, with adam_jax.clip_to_previous_norm; or "
-    "pass two_pass=True, which runs the backward pass twice"
+    "clip each layer by itself, e.g. with optax.adaptive_grad_clip; use adam_jax.stable_adamw, "
+    "which needs no clipping; clip by the norm of the step before, with "
+    "adam_jax.clip_to_previous_norm; or pass two_pass=True, which runs the backward pass twice"
 )
 
 
@@ -33,8 +33,8 @@ def check(tx: optax.GradientTransformation, params: PyTree, *, two_pass: bool) -
     state = jax.eval_shape(tx.init, params)
     if any(isinstance(s, optax.MultiStepsState) for _, s in named_tuples(state)):
         raise errors.value_error(
-            "tx must not accumulate gradients, got optax.MultiSteps, which holds the gradient of all "
-            "layers; pass gradient_release(..., microbatches=k)"
+            "tx must not accumulate gradients, got optax.MultiSteps, which holds the gradient of "
+            "all layers; pass gradient_release(..., microbatches=k)"
         )
     needs_gradient, needs_rest = _dependence(tx, params, state)
     if needs_rest:
@@ -44,7 +44,8 @@ def check(tx: optax.GradientTransformation, params: PyTree, *, two_pass: bool) -
         )
     if needs_gradient and not two_pass:
         raise errors.value_error(
-            f"tx must not need the gradient of all parameters at once, got {describe(tx)}; {CHOICES}"
+            f"tx must not need the gradient of all parameters at once, got {describe(tx)}; "
+            f"{CHOICES}"
         )
 
 
@@ -53,7 +54,7 @@ def _dependence(
 ) -> tuple[bool, bool]:
     """Return whether a part's results depend on other parts' gradients, and on anything else.
 
-    A shared result must depend on no part; `parts.total` isn't followed.
+    Shared results must depend on no part, except through `parts.total`.
     """
     update = optax.with_extra_args_support(tx).update
 
@@ -62,18 +63,14 @@ def _dependence(
 
     with parts.stepping(parts.Part(total=zero_total)):
         closed, out = jax.make_jaxpr(update, return_shape=True)(params, state, params)
-    layouts = Layout.of(params, params), Layout.of(state, params)
-    gradients, of_params, of_state = (
-        layouts[0].leaf_parts(params),
-        *(layout.leaf_parts(tree) for layout, tree in zip(layouts, (params, state), strict=True)),
-    )
-    operands = [*gradients, *of_state, *of_params]
-    results = [
-        part for layout, tree in zip(layouts, out, strict=True) for part in layout.leaf_parts(tree)
-    ]
+    of_params, of_state = (Layout.of(tree, params) for tree in (params, state))
+    gradients, moments = of_params.parts_of_arrays(params), of_state.parts_of_arrays(state)
+    operands = [*gradients, *moments, *gradients]
+    results = [*of_params.parts_of_arrays(out[0]), *of_state.parts_of_arrays(out[1])]
     gradient = rest = False
     for part in (OUTER, LAYERS, SHARED):
-        used = partial_eval.dce_jaxpr(closed.jaxpr, [r == part for r in results])[1]
+        wanted = [result == part for result in results]
+        _, used, *_ = partial_eval.dce_jaxpr(closed.jaxpr, wanted)
         others = [u and o not in (part, SHARED) for u, o in zip(used, operands, strict=True)]
         gradient = gradient or any(others[: len(gradients)])
         rest = rest or any(others[len(gradients) :])
