@@ -36,7 +36,7 @@ def transformer(layers=6, width=WIDTH, dtype=jnp.float32, seed=0):
 
 
 def normalized(x, scale):
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale[None, None]
 
 
 def first(outer, tokens):
@@ -48,10 +48,11 @@ def layer(p, h):
     qkv = (normalized(h, p["norm"]) @ p["attention"]["qkv"]).reshape(n, length, 3, HEADS, -1)
     q, k, v = jnp.moveaxis(qkv, 2, 0)
     scores = jnp.einsum("nqhd,nkhd->nhqk", q, k) * float((width // HEADS) ** -0.5)
-    scores = jnp.where(jnp.tri(length, dtype=bool), scores, -1e9)
+    scores = jnp.where(jnp.tri(length, dtype=bool)[None, None], scores, -1e9)
     mixed = jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(scores), v).reshape(h.shape)
     h = h + mixed @ p["attention"]["out"]
-    return h + jax.nn.gelu(normalized(h, p["norm"]) @ p["mlp"]["up"]) @ p["mlp"]["down"] + p["bias"]
+    inner = jax.nn.gelu(normalized(h, p["norm"]) @ p["mlp"]["up"])
+    return h + inner @ p["mlp"]["down"] + p["bias"][None, None]
 
 
 def last(outer, h, tokens):

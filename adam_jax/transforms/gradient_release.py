@@ -25,7 +25,7 @@ from adam_jax._engine.state import named_tuples
 from adam_jax._engine.transformation import describe
 from adam_jax._util import errors
 from adam_jax._util.numerics import sum_of_squares
-from adam_jax._util.partition_specs import drop_indivisible
+from adam_jax._util.partition_specs import drop_indivisible, known_mesh
 from adam_jax._util.paths import is_box, leaves_with_path, path_string, unbox
 from adam_jax._util.typing import KeyPath, PyTree
 from adam_jax.transforms import separable
@@ -69,23 +69,26 @@ class GradientRelease:
         with errors.error_context("gradient_release"):
             count = _layer_count(params)
             shapes = jax.eval_shape(lambda p: {**p, LAYERS: layer_of(p[LAYERS], 0)}, params)
-            separable.check(self.tx, shapes, two_pass=self.two_pass)
-            layout = Layout.of(jax.eval_shape(self.tx.init, shapes), shapes)
+            with known_mesh(shapes):
+                separable.check(self.tx, shapes, two_pass=self.two_pass)
+                layout = Layout.of(jax.eval_shape(self.tx.init, shapes), shapes)
 
-        def init(layer: PyTree) -> list[PyTree]:
-            return layout.treedef.flatten_up_to(self.tx.init({**params, LAYERS: layer}))
+        def init(params: PyTree) -> list[PyTree]:
+            def init_layer(layer: PyTree) -> list[PyTree]:
+                return layout.treedef.flatten_up_to(self.tx.init({**params, LAYERS: layer}))
 
-        axes = [0 if part == LAYERS else None for part in layout.parts]
-        leaves = jax.vmap(init, out_axes=axes)(params[LAYERS])
+            axes = [0 if part == LAYERS else None for part in layout.parts]
+            return jax.vmap(init_layer, out_axes=axes)(params[LAYERS])
+
         given = dict(leaves_with_path(params))
-        leaves = [
-            jax.tree.map(functools.partial(_shard_like, given[owner]), x) if owner else x
-            for owner, x in zip(layout.owners, leaves, strict=True)
+        made = zip(layout.owners, jax.eval_shape(init, params), strict=True)
+        shardings = [
+            jax.tree.map(functools.partial(_sharding_like, given.get(owner)), x)
+            for owner, x in made
         ]
-        zero = jnp.zeros([], jnp.float32)
-        return GradientReleaseState(
-            layout.treedef.unflatten(leaves), zero, jnp.zeros(count, jnp.float32)
-        )
+        leaves = jax.jit(init, out_shardings=shardings)(params)
+        norm, norms = jnp.zeros([], jnp.float32), jnp.zeros(count, jnp.float32)
+        return GradientReleaseState(layout.treedef.unflatten(leaves), norm, norms)
 
     def __call__(
         self,
@@ -292,8 +295,12 @@ def _apart(true: jax.Array, compute: Callable[[], PyTree]) -> PyTree:
     """
     if target_platform() != "cpu":
         return compute()
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
-    return jax.lax.cond(true, compute, lambda: nothing)
+    types = jax.eval_shape(compute)
+
+    def nothing() -> PyTree:
+        return jax.tree.map(lambda x: jax.lax.full(x.shape, 0, x.dtype, sharding=x.sharding), types)
+
+    return jax.lax.cond(true, compute, nothing)
 
 
 class _Stepper(NamedTuple):
@@ -397,13 +404,12 @@ def _layer_count(params: PyTree) -> int:
     return unbox(_leaves(params[LAYERS])[0]).shape[0]
 
 
-def _shard_like(param: PyTree, x: jax.Array) -> jax.Array:
-    """Shard an array of the state like its parameter, as an eager init of `tx` does."""
+def _sharding_like(param: PyTree, x: jax.ShapeDtypeStruct) -> NamedSharding | None:
+    """Return a sharding like the parameter's for an array of its state; None if it has none."""
     sharding = getattr(param, "sharding", None)
     if isinstance(param, Tracer) or not isinstance(sharding, NamedSharding) or x.ndim != param.ndim:
-        return x
-    spec = drop_indivisible(sharding.mesh, sharding.spec, x.shape)
-    return jax.device_put(x, NamedSharding(sharding.mesh, spec))
+        return None
+    return NamedSharding(sharding.mesh, drop_indivisible(sharding.mesh, sharding.spec, x.shape))
 
 
 def _with_context(function: Function, operands: int) -> Function:

@@ -103,7 +103,7 @@ class Pass:
             gradient, cotangent = self._pull(self._context(index, index, k), layer, h, cotangent)
             return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, gradient), cotangent
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, arithmetic_dtype(p.dtype)), layer)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, arithmetic_dtype(p.dtype)), layer)
         total, cotangents = jax.lax.scan(add, zeros, self._microbatches(h, cotangent))
         gradient = jax.tree.map(lambda x, p: x.astype(p.dtype), total, layer)
         return gradient, _merged(cotangents)
