@@ -67,28 +67,7 @@ class GradientRelease:
     def init(self, params: PyTree) -> GradientReleaseState:
         """Return the state before the first step, with storage formats chosen layer by layer."""
         with errors.error_context("gradient_release"):
-            count = _layer_count(params)
-            shapes = jax.eval_shape(lambda p: {**p, LAYERS: layer_of(p[LAYERS], 0)}, params)
-            with known_mesh(shapes):
-                separable.check(self.tx, shapes, two_pass=self.two_pass)
-                layout = Layout.of(jax.eval_shape(self.tx.init, shapes), shapes)
-
-        def init(params: PyTree) -> list[PyTree]:
-            def init_layer(layer: PyTree) -> list[PyTree]:
-                return layout.treedef.flatten_up_to(self.tx.init({**params, LAYERS: layer}))
-
-            axes = [0 if part == LAYERS else None for part in layout.parts]
-            return jax.vmap(init_layer, out_axes=axes)(params[LAYERS])
-
-        given = dict(leaves_with_path(params))
-        made = zip(layout.owners, jax.eval_shape(init, params), strict=True)
-        shardings = [
-            jax.tree.map(functools.partial(_sharding_like, given.get(owner)), x)
-            for owner, x in made
-        ]
-        leaves = jax.jit(init, out_shardings=shardings)(params)
-        norm, norms = jnp.zeros([], jnp.float32), jnp.zeros(count, jnp.float32)
-        return GradientReleaseState(layout.treedef.unflatten(leaves), norm, norms)
+            return init_layerwise(self.tx, params, two_pass=self.two_pass)
 
     def __call__(
         self,
@@ -184,6 +163,33 @@ def gradient_release(
         layer = jax.checkpoint(layer, policy=remat)
     model = Model(_with_context(first, 2), layer, _with_context(last, 3), has_aux, microbatches)
     return GradientRelease(tx, model, two_pass)
+
+
+def init_layerwise(
+    tx: optax.GradientTransformation, params: PyTree, *, two_pass: bool = False
+) -> GradientReleaseState:
+    """Check that tx can step layer by layer, and return its state."""
+    count = _layer_count(params)
+    shapes = jax.eval_shape(lambda p: {**p, LAYERS: layer_of(p[LAYERS], 0)}, params)
+    with known_mesh(shapes):
+        separable.check(tx, shapes, two_pass=two_pass)
+        layout = Layout.of(jax.eval_shape(tx.init, shapes), shapes)
+
+    def init(params: PyTree) -> list[PyTree]:
+        def init_layer(layer: PyTree) -> list[PyTree]:
+            return layout.treedef.flatten_up_to(tx.init({**params, LAYERS: layer}))
+
+        axes = [0 if part == LAYERS else None for part in layout.parts]
+        return jax.vmap(init_layer, out_axes=axes)(params[LAYERS])
+
+    given = dict(leaves_with_path(params))
+    made = zip(layout.owners, jax.eval_shape(init, params), strict=True)
+    shardings = [
+        jax.tree.map(functools.partial(_sharding_like, given.get(owner)), x) for owner, x in made
+    ]
+    leaves = jax.jit(init, out_shardings=shardings)(params)
+    norm, norms = jnp.zeros([], jnp.float32), jnp.zeros(count, jnp.float32)
+    return GradientReleaseState(layout.treedef.unflatten(leaves), norm, norms)
 
 
 def _step(

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import adam_jax
 import layered
 from adam_jax import diagnostics
-from helpers import QUICKLY, every_mode, leaves_of, says, sent
+from helpers import QUICKLY, every_mode, leaves_of, nbytes, says, sent
 from layered import MODEL, Plain, difference, trained
 
 pytestmark = pytest.mark.standard_promotion  # Optax's schedules
@@ -485,6 +485,15 @@ def test_zero1_shards_the_state_of_layers():
 
 
 # Memory
+
+
+def test_the_memory_report_counts_the_gradient_of_one_layer():
+    params = mlp(width=64)
+    tx = adam_jax.adamw(1e-3, storage="compact")
+    report = adam_jax.memory_report(tx, params, gradient_release=True)
+    gradients = nbytes(params["outer"]) + nbytes(params["layers"]) // COUNT
+    assert {row.part: row.bytes for row in report.rows}["gradients"] == gradients
+    assert report.state_bytes == nbytes(small(tx).init(params))
 
 
 @pytest.mark.slow
