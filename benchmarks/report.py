@@ -17,7 +17,12 @@ from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = (Path(__file__).parent / "README.md", DOCS / "speed.md", DOCS / "low_memory.md")
+PAGES = (
+    Path(__file__).parent / "README.md",
+    DOCS / "speed.md",
+    DOCS / "low_memory.md",
+    DOCS / "gradient_release.md",
+)
 PACKAGES = ("jax", "jaxlib", "optax", "adam_jax")
 PEERS = ("flashoptim-jax", "torchao", "torch")  # listed if installed
 
