@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import adam_jax
 import layered
 from adam_jax import diagnostics
-from helpers import QUICKLY, every_mode, leaves_of, nbytes, says, sent
+from helpers import QUICKLY, leaves_of, nbytes, says, sent
 from layered import MODEL, Plain, difference, trained
 
 pytestmark = pytest.mark.standard_promotion  # Optax's schedules
@@ -151,7 +151,11 @@ def by_matrix(storage):
 
 @pytest.mark.parametrize(
     "storage, bound",
-    [pytest.param("bfloat16", 0.02, marks=pytest.mark.slow), ("int8", 0.1), ("compact", 2.0)],
+    [
+        pytest.param("bfloat16", 0.02, marks=pytest.mark.slow),
+        pytest.param("int8", 0.1, marks=pytest.mark.slow),
+        ("compact", 2.0),
+    ],
 )
 def test_lossy_state_is_close_to_float32(storage, bound):
     params, xs = mlp(width=8), inputs(3)
@@ -174,6 +178,7 @@ def test_formats_depend_on_the_size_of_one_layer():
     assert nu.rows["layers"]["bias"].shape == (4, 2048)
 
 
+@pytest.mark.slow
 def test_a_layer_steps_in_lossy_state_as_it_does_alone():
     """Step layer 0, whose random bits are the bits of its path."""
     tx = adam_jax.adamw(1e-3, storage=by_matrix("int8"))
@@ -204,7 +209,8 @@ def test_each_layer_has_its_own_random_bits():
     assert all(np.mean(w[i] != w[j]) > 0.3 for i, j in ((0, 1), (1, 2), (0, 2)))
 
 
-def test_masters_equal_usual_masters_to_the_bit():
+@pytest.mark.slow
+def test_masters_are_close_to_usual_masters():
     tx = adam_jax.master_weights(adam_jax.adamw(1e-2), bits=32)
     params, xs = mlp(jnp.bfloat16), inputs(3, dtype=jnp.bfloat16)
     new, state, _ = trained(small(tx), params, xs)
@@ -437,7 +443,11 @@ def test_results_of_another_form_raise(model, parts):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("storage", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
-@every_mode
+@pytest.mark.parametrize(
+    "axis_type",
+    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
+    ids=["auto", "explicit"],
+)
 def test_sharded_layers_step_as_on_one_device(axis_type, storage):
     """Check FSDP, and that devices gather nothing but single layers' parameters."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
