@@ -13,12 +13,14 @@ from adam_jax.interop import convert_state
 from adam_jax.optimizers import *  # noqa: F403  # adam, adamw, scale_by_adam, …
 from adam_jax.transforms.chain import chain
 from adam_jax.transforms.clip import clip_by_global_norm
+from adam_jax.transforms.gradient_release import gradient_release
 from adam_jax.transforms.groups import groups
 from adam_jax.transforms.master_weights import (
     get_master_weights,
     master_weights,
     stochastic_rounding,
 )
+from adam_jax.transforms.previous_norm import clip_to_previous_norm
 from adam_jax.transforms.tunable import get_hyperparams, set_hyperparams, tunable
 from adam_jax.transforms.wrappers import cautious, grams, mars
 from adam_jax.transforms.zero import state_sharding, zero1
@@ -32,6 +34,7 @@ __all__ = [
     "cautious",
     "chain",
     "clip_by_global_norm",
+    "clip_to_previous_norm",
     "compare",
     "convert_state",
     "debias",
@@ -39,6 +42,7 @@ __all__ = [
     "ema",
     "get_hyperparams",
     "get_master_weights",
+    "gradient_release",
     "grams",
     "groups",
     "interop",

@@ -19,7 +19,12 @@ import adam_jax
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = (Path(__file__).parent / "README.md", DOCS / "speed.md", DOCS / "low_memory.md")
+PAGES = (
+    Path(__file__).parent / "README.md",
+    DOCS / "speed.md",
+    DOCS / "low_memory.md",
+    DOCS / "gradient_release.md",
+)
 PACKAGES = ("jax", "jaxlib", "optax")
 PEERS = ("flashoptim-jax", "torchao", "bitsandbytes", "torch")  # listed if installed
 PEERS += ("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")

@@ -32,6 +32,7 @@ from adam_jax._engine.leaf import (
     run_leaf,
     target_platform,
 )
+from adam_jax._engine.parts import seed_of_layer
 from adam_jax._engine.split_params import SplitParam
 from adam_jax._engine.state import State, count_fields, state_class
 from adam_jax._engine.transformation import Transformation, transformation_of
@@ -310,7 +311,7 @@ class Chain:
         random_param = split and p.seed is not None
         seeds = None
         if random_param or _moments.needs_random_bits(stored):
-            seeds = Seeds(_hash(key), p.seed if random_param else 0, counts)
+            seeds = Seeds(seed_of_layer(_hash(key)), p.seed if random_param else 0, counts)
         ordered = xla.orders_writes(target_platform())
         ordered = ordered and seeds is not None and self._has_learning_rate()
         if random_param:

@@ -36,8 +36,8 @@ Layout: TypeAlias = PyTree
 class Seeds(NamedTuple):
     """The seeds of a leaf's random bits."""
 
-    leaf: np.uint32
-    """A hash of the leaf's path."""
+    leaf: np.uint32 | jax.Array
+    """A hash of the leaf's path, mixed with the layer's index in gradient release."""
     param: PyTree
     """The parameter's seed; 0 if it isn't rounded stochastically."""
     counts: tuple[jax.Array | int, ...]

@@ -622,3 +622,87 @@ def needing_extra(what: str) -> Generator[None, None, None]:
         raise ModuleNotFoundError(
             f'{what} needs {error.name}: pip install "adam_jax[demo]"', name=error.name
         ) from None
+
+
+def requires(function: Any, number: int) -> bool:
+    """Whether a function has this many positional parameters without defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) >= number
+
+
+def layered(params: Any) -> None:
+    """Check that parameters have an outer part, and layers that are stacked along axis 0."""
+    form = '{"outer": ..., "layers": leaves stacked along axis 0}'
+    if not isinstance(params, dict) or params.keys() != {"outer", "layers"}:
+        got = f"the keys {list(params)}" if isinstance(params, dict) else _shown(params)
+        raise value_error(f"params must be {form}, got {got}")
+    for part in ("outer", "layers"):
+        leaves = leaves_with_path({part: params[part]})
+        if not leaves:
+            raise value_error(f"params[{part!r}] must have a leaf, got none; params must be {form}")
+        for path, x in leaves:
+            if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+                raise value_error(
+                    f"{_at('the parameter', path)} must be floating-point or complex, got "
+                    f"{jnp.result_type(x)}; pass other arrays as shared="
+                )
+    sizes = {np.shape(x)[:1]: path for path, x in leaves_with_path({"layers": params["layers"]})}
+    if len(sizes) > 1 or () in sizes:
+        listed = ", ".join(f"{path_string(path)}: {list(n)}" for n, path in sizes.items())
+        raise value_error(
+            f"the leaves of params['layers'] must have the same size along axis 0, the number of "
+            f"layers, got {listed}; move other leaves to params['outer']"
+        )
+
+
+def floating(what: str, tree: PyTree) -> None:
+    """Check that all leaves of a tree are floating-point, so that they have gradients."""
+    for path, x in leaves_with_path(tree):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise value_error(
+                f"{what} must be floating-point, got {x.dtype} at {path_string(path)!r}; pass "
+                f"other arrays as shared="
+            )
+
+
+def loss(x: Any) -> None:
+    """Check that a loss is a floating-point scalar."""
+    if not hasattr(x, "dtype") or x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
+        got = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else _shown(x)
+        raise value_error(
+            f"the result of last must be a floating-point scalar, got {got}; for further results, "
+            f"pass has_aux=True and return (loss, aux)"
+        )
+
+
+def with_auxiliary_loss(out: Any, h: PyTree) -> None:
+    """Check that the result of a layer is a pair (h, auxiliary loss)."""
+    pair = isinstance(out, tuple) and len(out) == 2
+    if not pair or jax.tree.structure(out[0]) != jax.tree.structure(h) or np.shape(out[1]):
+        raise value_error(
+            f"the result of layer must be h, with the structure {jax.tree.structure(h)}, or (h, "
+            f"auxiliary loss), got {jax.tree.structure(out)}"
+        )
+
+
+def same_types(what: str, new: PyTree, old: PyTree) -> None:
+    """Check that the leaves of two trees have equal shapes and dtypes."""
+    for (path, x), y in zip(leaves_with_path(new), jax.tree.leaves(old), strict=True):
+        if (x.shape, x.dtype) != (y.shape, y.dtype):
+            raise value_error(
+                f"{what} must have the shape and dtype of its input h, {y.dtype}{list(y.shape)}, "
+                f"got {x.dtype}{list(x.shape)} at {path_string(path)!r}; cast it"
+            )
+
+
+def microbatches(k: int, h: PyTree) -> None:
+    """Check that axis 0 of all leaves divides into k microbatches."""
+    for path, x in leaves_with_path(h):
+        if x.ndim == 0 or x.shape[0] % k:
+            raise value_error(
+                f"microbatches must divide axis 0 of h, got microbatches={k} and the shape "
+                f"{list(x.shape)} at {path_string(path)!r}; choose a divisor"
+            )

@@ -192,3 +192,10 @@ def momentum_product(b: Decay | Numeric, momentum_decay: Numeric, t: Numeric) ->
     ratio = jnp.exp(rate) * jnp.expm1(t * rate) / jnp.where(flat, 1, jnp.expm1(rate))
     geometric = jnp.where(flat, t, ratio)
     return jnp.exp(t * b.log - jnp.sum(jnp.exp2(-k) / k * geometric))
+
+
+def sum_of_squares(tree: PyTree) -> jax.Array:
+    """Return the sum of |x|² over all arrays of a tree, in at least float32."""
+    dtype = jnp.finfo(arithmetic_dtype(*(x.dtype for x in jax.tree.leaves(tree)))).dtype
+    squares = [jnp.sum(abs_sq(x.astype(arithmetic_dtype(x.dtype)))) for x in jax.tree.leaves(tree)]
+    return sum((x.astype(dtype) for x in squares), jnp.zeros([], dtype))

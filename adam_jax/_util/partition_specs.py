@@ -38,6 +38,16 @@ def making_known(shardings: Mapping[Key, NamedSharding]) -> Generator[None, None
         known_shardings.reset(token)
 
 
+def known_mesh(tree: PyTree) -> contextlib.AbstractContextManager[object]:
+    """Return a context with the explicit mesh of a tree's types, if they have one.
+
+    Without it, an array that is made like one of them isn't sharded like it.
+    """
+    meshes = [x.sharding.mesh for x in jax.tree.leaves(tree) if x.sharding is not None]
+    explicit = [mesh.abstract_mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+    return jax.sharding.use_abstract_mesh(explicit[0]) if explicit else contextlib.nullcontext()
+
+
 def names(entry: PyTree) -> tuple[str, ...]:
     """Return the mesh axes in a PartitionSpec entry."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

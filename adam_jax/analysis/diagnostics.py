@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from adam_jax import rules
+from adam_jax._engine import parts
 from adam_jax._engine.chain import evaluate
 from adam_jax._engine.state import moment_fields, named_tuples, stored_moments
 from adam_jax._engine.transformation import (
@@ -52,6 +53,9 @@ Settings: TypeAlias = dict[str, dict[str, PyTree]]
 Leaves: TypeAlias = Mapping[Key, jax.Array]
 
 """Arrays by the key of their leaf."""
+
+Sums: TypeAlias = dict[str, jax.Array]
+"""Sums over the leaves of each group."""
 
 Pair: TypeAlias = tuple[Mapping[Key, Stored], Mapping[Key, Stored], jax.Array]
 """Stored mu and nu by key, and the factor from mu²/nu to m̂²/v̂."""
@@ -117,8 +121,8 @@ def record(
         raise ValueError(f"record: every must be an integer >= 1, got {every!r}")
     inner = optax.with_extra_args_support(tx)
     # measure in two parts, so that the gradients can be freed before the second
-    measure_gradients = _if_due(functools.partial(_norms, searches))
-    measure_step = _if_due(functools.partial(_measure_step, searches))
+    sum_gradients = _if_due(functools.partial(_squares, searches))
+    sum_step = _if_due(functools.partial(_sum_step, searches))
 
     def init(params: optax.Params) -> RecordState:
         paths = [path for path, _ in _leaves(params)]
@@ -154,12 +158,13 @@ def record(
         due = state.step % every == 0
         step = jnp.asarray(optax.safe_increment(state.step))
         after = dict(state.values)
-        norms = measure_gradients(due, after.pop("gradient_norm"), _leaves(updates))
+        squares = sum_gradients(due, _leaves(updates))
         updates, new = inner.update(updates, state.inner_state, params, **extra)
         settings = _settings(tx, new, state.step)
         pairs = list(_pairs(new, settings, step)) if "signal_to_noise" in after else []
-        measured = _rates(settings), _leaves(updates), _leaves(params), pairs
-        values = {"gradient_norm": norms, **measure_step(due, after, *measured)}
+        sums = parts.total((squares, *sum_step(due, _leaves(updates), _leaves(params), pairs)))
+        measured = {"learning_rate": _rates(settings), **_measures(*sums)}
+        values = {k: _where(due, measured[k], last) for k, last in after.items()}
         return updates, RecordState(step, jnp.where(due, step, state.measured_at), values, new)
 
     text = f"record({describe(tx)}, every={every})"
@@ -167,33 +172,46 @@ def record(
 
 
 def _if_due(measure: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Make a function of (due, last, *operands) that measures if due, else returns `last`."""
-    return jax.jit(
-        lambda due, last, *operands: jax.lax.cond(due, lambda: measure(*operands), lambda: last)
-    )
+    """Make a function of (due, *operands) that measures if due, else returns zeros."""
+
+    def measured(due: jax.Array, *operands: PyTree) -> PyTree:
+        types = jax.eval_shape(measure, *operands)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+        return jax.lax.cond(due, lambda: measure(*operands), lambda: zeros)
+
+    return jax.jit(measured)
 
 
-def _norms(groups: Groups, leaves: Leaves) -> dict[str, jax.Array]:
-    squares = {key: _square(x) for key, x in leaves.items()}
-    return {name: jnp.sqrt(x) for name, x in _sums(groups, squares).items()}
+def _where(due: jax.Array, new: PyTree, last: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(due, x, y), new, last)
 
 
-def _measure_step(
-    groups: Groups, rates: dict[str, jax.Array], updates: Leaves, params: Leaves, pairs: list[Pair]
-) -> Measures:
-    ratios = jax.tree.map(
-        lambda u, p: jnp.where(u > 0, u / p, 0),  # inf for weights that are all 0
-        _norms(groups, updates),
-        _norms(groups, params),
-    )
-    values = {"learning_rate": rates, "update_ratio": ratios}
-    if pairs:
-        counts = {key: _counts(mu[key], nu[key], scale) for mu, nu, scale in pairs for key in mu}
-        totals = _sums(groups, counts, len(EDGES) + 2)
-        values["signal_to_noise"] = {
-            name: (x[:-1] - x[1:]) / jnp.maximum(x[0], 1) for name, x in totals.items()
-        }
-    return values
+def _squares(groups: Groups, leaves: Leaves) -> Sums:
+    return _sums(groups, {key: _square(x) for key, x in leaves.items()})
+
+
+def _sum_step(
+    groups: Groups, updates: Leaves, params: Leaves, pairs: list[Pair]
+) -> tuple[Sums, Sums, Sums]:
+    """Return the squares of updates and of weights, and the counts for a histogram."""
+    counts = {key: _counts(mu[key], nu[key], scale) for mu, nu, scale in pairs for key in mu}
+    histogram = _sums(groups, counts, len(EDGES) + 2) if pairs else {}
+    return _squares(groups, updates), _squares(groups, params), histogram
+
+
+def _measures(gradients: Sums, updates: Sums, weights: Sums, counts: Sums) -> Measures:
+    """Return the values of sums over all parameters."""
+    return {
+        "gradient_norm": jax.tree.map(jnp.sqrt, gradients),
+        "update_ratio": jax.tree.map(
+            lambda u, p: jnp.where(u > 0, jnp.sqrt(u) / jnp.sqrt(p), 0),  # inf if weights are 0
+            updates,
+            weights,
+        ),
+        "signal_to_noise": {
+            name: (x[:-1] - x[1:]) / jnp.maximum(x[0], 1) for name, x in counts.items()
+        },
+    }
 
 
 @jax.jit  # one trace for all leaves of a shape
@@ -201,7 +219,7 @@ def _square(x: jax.Array) -> jax.Array:
     return jnp.sum(abs_sq(x.astype(arithmetic_dtype(x.dtype)))).astype(jnp.float32)
 
 
-def _sums(groups: Groups, values: Leaves, *shape: int) -> dict[str, jax.Array]:
+def _sums(groups: Groups, values: Leaves, *shape: int) -> Sums:
     """Return the sum over the leaves of each group."""
     zero = jnp.zeros(shape, jnp.float32)
     return {
@@ -260,7 +278,8 @@ def _pairs(state: PyTree, settings: Settings, step: jax.Array) -> Iterator[Pair]
             own = settings.get(_label(path), {})
             known = "b1" in own and "b2" in own
             scale = debias(1.0, own["b1"], t) ** 2 / debias(1.0, own["b2"], t) if known else 1.0
-            yield _moments.leaves(s.mu), _moments.leaves(s.nu), jnp.asarray(scale, jnp.float32)
+            mu, nu = (parts.own(_moments.leaves(moment)) for moment in (s.mu, s.nu))
+            yield mu, nu, jnp.asarray(scale, jnp.float32)
 
 
 def _has_mu_and_nu(state: PyTree) -> bool:
@@ -269,7 +288,7 @@ def _has_mu_and_nu(state: PyTree) -> bool:
 
 def _leaves(tree: PyTree) -> Leaves:
     """Return the floating-point leaves by their keys."""
-    leaves = by_key(tree).items()
+    leaves = parts.own(by_key(tree)).items()
     return {key: x for key, x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)}
 
 

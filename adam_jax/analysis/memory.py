@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from adam_jax._util.paths import leaves_with_path, path_string
 from adam_jax._util.typing import PyTree
 from adam_jax.analysis._table import text_table
 from adam_jax.storage import _moments
+from adam_jax.transforms.gradient_release import init_layerwise
 from adam_jax.transforms.master_weights import MasterWeightsState
 from adam_jax.transforms.zero import state_sharding
 
@@ -92,7 +94,9 @@ class MemoryReport:
         return "\n".join(lines)
 
 
-def memory_report(tx: optax.GradientTransformation, params: PyTree) -> MemoryReport:
+def memory_report(
+    tx: optax.GradientTransformation, params: PyTree, *, gradient_release: bool = False
+) -> MemoryReport:
     """Return the bytes of parameters, gradients, and the state of `tx`, without allocating them.
 
     A step's temporary buffers aren't included; for them, see `compiled.memory_analysis()`.
@@ -101,6 +105,9 @@ def memory_report(tx: optax.GradientTransformation, params: PyTree) -> MemoryRep
       tx: any Optax transformation.
       params: arrays or `jax.ShapeDtypeStruct`s. The report assumes gradients of the same dtypes and
         shardings, and a state sharded by `state_sharding`.
+      gradient_release: whether to report on a `gradient_release` step, for parameters {"outer":
+        ..., "layers": ...}. It holds the gradients of one layer and of the outer parameters, and
+        also the inputs of all layers, which the report doesn't count.
 
     Returns:
       a `MemoryReport` with `.state_bytes`, `.total_bytes`, `.bytes_per_device`, and `.rows`. It
@@ -114,6 +121,9 @@ def memory_report(tx: optax.GradientTransformation, params: PyTree) -> MemoryRep
     """
     with errors.error_context("memory_report"):
         errors.transformation("tx", tx, "memory_report(tx, params)")
+        if gradient_release:
+            errors.layered(params)
+            tx = optax.GradientTransformation(functools.partial(init_layerwise, tx), tx.update)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     state = jax.eval_shape(tx.init, shapes)
     if any(map(_is_sharded, jax.tree.leaves(params))):
@@ -132,9 +142,10 @@ def memory_report(tx: optax.GradientTransformation, params: PyTree) -> MemoryRep
     ]
     whole, local = _bytes(state)
     rest = whole - sum(r.bytes for r in of_state), local - sum(r.per_device for r in of_state)
+    gradients = _row("gradients", params)
     rows = [
         _row("parameters", params),
-        _row("gradients", params),
+        _of_one_layer(gradients, params["layers"]) if gradient_release else gradients,
         *of_state,
         Row("other state", "", *rest),
     ]
@@ -157,6 +168,13 @@ def _row(part: str, tree: PyTree, params: PyTree = None) -> Row:
     """Return a row with the formats of a tree (without scales) and its bytes."""
     formats = {_format(x) for x in _moments.leaves(tree, params).values()}
     return Row(part, ", ".join(sorted(formats, key=len)), *_bytes(tree))
+
+
+def _of_one_layer(row: Row, layers: PyTree) -> Row:
+    """Return a row without the bytes of all layers but one."""
+    count = jnp.shape(jax.tree.leaves(layers)[0])[0]
+    whole, local = (size - size // count for size in _bytes(layers))
+    return row._replace(bytes=row.bytes - whole, per_device=row.per_device - local)
 
 
 def _format(stored: _moments.Stored) -> str:

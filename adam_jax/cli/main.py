@@ -185,13 +185,19 @@ def memory_options(add: AddArgument) -> None:
     """Declare the options of `memory`."""
     add("--params", type=number(float, 1), required=True, metavar="N", help="the number, e.g. 7e9")
     add("--devices", type=COUNT, default=1, metavar="N", help="that share the state by ZeRO-1")
+    add("--layers", type=COUNT, default=32, metavar="N", help="of equal size, for gradient release")
 
 
 FLOAT32, BFLOAT16, INT8, COMPACT = (
     adamw(1e-3, storage=s) for s in ("float32", "bfloat16", "int8", "compact")
 )
+RELEASED = ", gradient release"
+LARGEST_TRACED = 10**12
+"""The largest number of parameters to trace a step of; tracing needs shapes below 2³¹."""
+
 MODES = {
     "float32 AdamW": ("float32", FLOAT32),
+    f"float32 AdamW{RELEASED}": ("float32", FLOAT32),
     "bfloat16 state": ("float32", BFLOAT16),
     "int8 state": ("float32", INT8),
     "compact state": ("float32", COMPACT),
@@ -201,6 +207,10 @@ MODES = {
         master_weights(INT8, bits=24),
     ),
     "bfloat16 parameters, master_weights(bits=24), compact": (
+        "bfloat16",
+        master_weights(COMPACT, bits=24),
+    ),
+    f"bfloat16 parameters, master_weights(bits=24), compact{RELEASED}": (
         "bfloat16",
         master_weights(COMPACT, bits=24),
     ),
@@ -218,8 +228,15 @@ def show_memory(args: argparse.Namespace) -> None:
     columns = 4 if args.devices > 1 else 3
     rows = [("", "bytes/parameter", "total, GB", "GB per device")[:columns]]
     for name, (dtype, tx) in MODES.items():
-        # a single matrix, because small, unquantized leaves hardly count
-        report = memory_report(tx, jax.ShapeDtypeStruct((-(-count // width), width), dtype))
+        # matrices, because small, unquantized leaves hardly count
+        if name.endswith(RELEASED):
+            rows_per_layer = -(-min(count, LARGEST_TRACED) // (width * args.layers))
+            layers = jax.ShapeDtypeStruct((args.layers, rows_per_layer, width), dtype)
+            params = {"outer": jax.ShapeDtypeStruct((1,), dtype), "layers": layers}
+            report = memory_report(tx, params, gradient_release=True)
+        else:
+            params = jax.ShapeDtypeStruct((-(-count // width), width), dtype)
+            report = memory_report(tx, params)
         total = report.total_bytes / report.parameters
         state = report.state_bytes / report.parameters
         local = total - state + state / args.devices

@@ -19,6 +19,7 @@ from adam_jax._util.numerics import abs_sq, arithmetic_dtype
 from adam_jax._util.typing import PyTree
 from adam_jax.storage import _moments
 from adam_jax.storage._reduced import divide_by_mean
+from adam_jax.transforms.gradient_release import GradientRelease
 
 COUNTS = ("count", "t", "step_count")
 
@@ -26,7 +27,9 @@ Kind: TypeAlias = frozenset[str] | type
 """A state's moment names, or its class if it has none; states of one kind are convertible."""
 
 
-def convert_state(state: PyTree, tx: optax.GradientTransformation, params: optax.Params) -> PyTree:
+def convert_state(
+    state: PyTree, tx: optax.GradientTransformation | GradientRelease, params: optax.Params
+) -> PyTree:
     """Convert a running state to the storage formats and structure of `tx`, to continue the run.
 
     The state may have other formats, or come from another chain, `optax.inject_hyperparams`, or
@@ -37,7 +40,7 @@ def convert_state(state: PyTree, tx: optax.GradientTransformation, params: optax
 
     Args:
       state: the state of a running optimizer, Optax's or ours, or `nnx.Optimizer.opt_state`.
-      tx: the optimizer that continues the run.
+      tx: the optimizer or the `gradient_release` step that continues the run.
       params: the parameters, or any tree with their structure, shapes, and dtypes.
 
     Returns:
@@ -54,14 +57,15 @@ def convert_state(state: PyTree, tx: optax.GradientTransformation, params: optax
     dtype('int8')
     """
     with errors.error_context("convert_state"):
-        errors.transformation("tx", tx, "convert_state(state, tx, params)")
+        inner = tx.tx if isinstance(tx, GradientRelease) else tx
+        errors.transformation("tx", inner, "convert_state(state, tx, params)")
         fresh = tx.init(params)
         wanted = {_kind(s) for _, s in named_tuples(fresh)}
         donors: dict[Kind, list[PyTree]] = {}
         for _, s in named_tuples(state):
             s = _recentered(_from_adafactor(s, wanted, params), wanted)
             donors.setdefault(_kind(s), []).append(s)
-        declared = [moment for _, link in links_of(tx) for moment in link.rule.moments.items()]
+        declared = [moment for _, link in links_of(inner) for moment in link.rule.moments.items()]
         maxima = {name for name, moment in declared if moment.round_down}
         encode = functools.partial(_moment, params, maxima)
         converted = _convert(fresh, donors, _first_count(state), encode)

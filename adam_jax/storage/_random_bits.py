@@ -57,8 +57,8 @@ def random_bits(
     row, column, lane = position
     if not by_row:
         key = key + ((row | lane) >> 31)
-    key = _mix(key ^ step) ^ jnp.uint32(name_key(name))
-    row = _mix(row ^ key) + column * GOLDEN
+    key = mix(key ^ step) ^ jnp.uint32(name_key(name))
+    row = mix(row ^ key) + column * GOLDEN
     if by_row:
         row = jax.lax.optimization_barrier(row)
     return _half_mix(row + lane * GOLDEN)
@@ -69,7 +69,7 @@ def second_bits(bits: jax.Array) -> jax.Array:
     return bits + (bits << 16)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mix(x: jax.Array) -> jax.Array:
     """Mix 32-bit integers bijectively, so that every input bit affects every output bit."""
     x = _half_mix((x ^ (x >> 16)) * np.uint32(0x21F0AAAD))
     return x ^ (x >> 15)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import cast
 
+import jax
 import optax
 
 from adam_jax._engine.transformation import Transformation, describe, transformation_of
@@ -63,7 +64,8 @@ def groups(
 
     def init(params: PyTree) -> PyTree:
         paths = [path_string(p) for p, _ in leaves_with_path(params)]
-        for pattern in patterns:
+        hidden = any(map(_is_hidden, jax.tree.leaves(params, is_leaf=_is_hidden)))
+        for pattern in patterns if not hidden else ():  # a hidden leaf may match
             if paths and not any(re.search(pattern, path) for path in paths):
                 raise ValueError(
                     f"groups: {pattern!r} matches no parameter; the paths are {_some(paths)}"
@@ -117,6 +119,10 @@ def _label(path: str, patterns: Mapping[str, Settings]) -> str:
             f"exclude each other, e.g. with ^, $, or (?!...)"
         )
     return found[0] if found else "default"
+
+
+def _is_hidden(x: PyTree) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -95,12 +95,14 @@ def test_memory_prints_bytes_per_parameter_and_per_device(capsys):
     assert heading.split() == ["bytes/parameter", "total,", "GB", "GB", "per", "device"]
     assert figures == [
         ["16.00", "112.0", "63.0"],
+        ["12.13", "84.9", "35.9"],
         ["12.00", "84.0", "59.5"],
         ["10.06", "70.4", "57.8"],
         ["9.03", "63.2", "56.9"],
         ["14.00", "98.0", "36.8"],
         ["7.06", "49.4", "30.7"],
         ["6.03", "42.2", "29.8"],
+        ["4.09", "28.7", "16.2"],
     ]
     main(["memory", "--params", "1e6"])
     assert "per device" not in capsys.readouterr().out
@@ -112,7 +114,7 @@ def test_memory_prints_bytes_per_parameter_and_per_device(capsys):
 def test_the_columns_of_memory_are_aligned(capsys, params):
     main(["memory", "--params", params, "--devices", "8"])
     heading, *rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 7
+    assert len(rows) == 9
     for row in rows:
         assert len(re.split(r"  +", row)) == 4
         assert len(row) == len(heading)

@@ -53,8 +53,8 @@ def complaints(path):
             yield f"has an absolute path: {place[found.start() : found.start() + 40]}"
 
 
-def test_there_are_nine_notebooks_in_order():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in range(1, 10)]
+def test_there_are_ten_notebooks_in_order():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in range(1, 11)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

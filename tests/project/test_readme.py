@@ -35,7 +35,9 @@ def test_the_first_snippet_of_the_readme_trains():
     assert jnp.mean(error**2) < 0.1
 
 
-@pytest.mark.parametrize("page", ["docs/optimizers.md", "docs/bf16_parameters.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/optimizers.md", "docs/bf16_parameters.md", "docs/gradient_release.md"]
+)
 def test_the_snippets_of_a_page_run(page):
     run_snippets(page)
 

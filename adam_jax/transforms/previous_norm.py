@@ -1,0 +1,74 @@
+"""Clipping by the norm of the step before, for gradient release."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax import rules
+from adam_jax._engine import parts
+from adam_jax._engine.chain import Chain, link
+from adam_jax._engine.transformation import Transformation, transformation_of
+from adam_jax._util import errors
+from adam_jax._util.numerics import sum_of_squares
+from adam_jax._util.paths import by_key
+from adam_jax._util.typing import Numeric, PyTree
+
+
+class PreviousNormState(NamedTuple):
+    """The state of `clip_to_previous_norm`."""
+
+    norm: jax.Array
+    """The last finite global norm; 0 before the first step."""
+
+
+@errors.error_context("clip_to_previous_norm")
+def clip_to_previous_norm(max_norm: Numeric) -> Transformation:
+    """Scale gradients by min(1, max_norm / norm), where `norm` is the norm of the step before.
+
+    Clipping by the norm of this step needs the whole gradient, which `gradient_release` never has.
+    The norm of the step before is nearly the same in most steps, but it doesn't limit the first
+    large gradient. For that, use `stable_adamw`. The first step uses its own norm, for which
+    `gradient_release` runs the backward pass twice. A norm that isn't finite isn't remembered.
+
+    Args:
+      max_norm: > 0, the largest global norm allowed.
+
+    Returns:
+      an Optax transformation whose state is a `PreviousNormState`.
+
+    Raises:
+      ValueError: max_norm isn't > 0.
+
+    >>> import adam_jax
+    >>> adam_jax.chain(clip_to_previous_norm(1.0), adam_jax.sgd(0.1))
+    chain(clip_to_previous_norm(1.0), sgd(learning_rate=0.1))
+    """
+    errors.hyperparam("max_norm", max_norm)
+    errors.not_a_schedule("max_norm", max_norm)
+    errors.above_zero("max_norm", max_norm)
+
+    def init(params: optax.Params) -> PreviousNormState:
+        del params
+        return PreviousNormState(jnp.zeros([], jnp.float32))
+
+    @errors.error_context("clip_to_previous_norm")
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        **extra: PyTree,
+    ) -> tuple[PyTree, PreviousNormState]:
+        del params
+        square = parts.total(sum_of_squares(parts.own(by_key(updates))))
+        own = jnp.sqrt(square).astype(jnp.float32)
+        norm = jnp.where(state.norm == 0, own, state.norm)
+        clip = link(rules.clip, {"norm": norm, "max_norm": max_norm})
+        chain = Chain("clip_to_previous_norm", (clip,), "auto", bare=True)
+        updates, _ = chain.step(updates, optax.EmptyState(), None, extra, emit_params=False)
+        return updates, PreviousNormState(jnp.where(jnp.isfinite(own), own, state.norm))
+
+    return transformation_of((), init, update, f"clip_to_previous_norm({max_norm})")
