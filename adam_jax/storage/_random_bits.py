@@ -56,7 +56,7 @@ def random_bits(
     """
     row, column, lane = position
     if not by_row:
-        key = key + ((row | lane) >> 31)
+        key = key + ((row | lane) >> 31)  # plus 0, which XLA doesn't know
     key = mix(key ^ step) ^ jnp.uint32(name_key(name))
     row = mix(row ^ key) + column * GOLDEN
     if by_row:
