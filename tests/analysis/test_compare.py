@@ -70,7 +70,10 @@ def plain(tx, seed, data):
     return losses
 
 
-@pytest.mark.parametrize("name, make", [("adamw", adam_jax.adamw), ("sgd", None)])
+@pytest.mark.parametrize(
+    "name, make",
+    [pytest.param("adamw", adam_jax.adamw, marks=pytest.mark.slow), ("sgd", None)],
+)
 def test_compare_equals_a_plain_training_loop(name, make):
     make = make or functools.partial(adam_jax.sgd, momentum=0.9)
     losses = comparison().losses[name]
@@ -295,6 +298,7 @@ def test_the_characters_are_those_of_the_text():
     assert text.replace("\n", " ") in " ".join(topics.values()).replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_the_transformer_is_causal():
     params = tasks.characters_init(jax.random.key(0))
     codes = tasks.characters_batches(1)[0, :1, :-1].astype(np.int32)

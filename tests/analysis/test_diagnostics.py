@@ -93,6 +93,7 @@ def test_recording_changes_no_update_and_measures_every_nth_step():
     assert at[1]["gradient_norm/all"] == at[2]["gradient_norm/all"] != at[3]["gradient_norm/all"]
 
 
+@pytest.mark.slow
 def test_low_precision_moments_are_measured_as_they_are_used():
     exact, int8, bfloat16 = (
         diagnostics.read(run(diagnostics.record(optimizer(storage=s)), 11, ONE_KERNEL)[1])
@@ -108,6 +109,7 @@ def one_step(tx):
     return diagnostics.read(run(diagnostics.record(tx), 1, SMALL, lambda f: f)[1])
 
 
+@pytest.mark.slow
 def test_learning_rates_are_found_in_every_kind_of_optimizer():
     settings = {"bias": {"learning_rate": 0.5}}
     inject = optax.inject_hyperparams(optax.adamw)

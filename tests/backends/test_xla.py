@@ -59,7 +59,7 @@ def test_a_nan_or_inf_stays_in_its_element(way):
 TPU = AbstractMesh((), (), abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
 
 
-@pytest.mark.parametrize("storage", ["int8", "compact"])
+@pytest.mark.parametrize("storage", ["int8", pytest.param("compact", marks=pytest.mark.slow)])
 def test_a_program_for_tpu_computes_what_others_compute(storage):
     """It reads leaves as a TPU's memory has them, if their rows and columns fill its tiles."""
     shapes = {"tiles": (32, 384), "many axes": (2, 3, 16, 256), "rows": (36, 256), "row": (64, 100)}

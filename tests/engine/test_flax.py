@@ -174,7 +174,9 @@ def wrapped(model, grads):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_nnx_trains_with_sharded_parameters(axis_type):
     tx = adam_jax.adamw(0.1, weight_decay=0.1)
     alone, opt = create(tx)

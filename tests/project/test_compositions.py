@@ -41,7 +41,7 @@ one_or_eight = pytest.mark.parametrize(
 @one_or_eight
 def test_a_few_random_compositions_keep_every_promise(devices):
     """Draw equal compositions in every run."""
-    fuzz(1, devices, max_examples=3, phases=[Phase.generate])
+    fuzz(1, devices, max_examples=3 if devices == 1 else 1, phases=[Phase.generate])
 
 
 @pytest.mark.slow

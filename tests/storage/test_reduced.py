@@ -340,7 +340,9 @@ def test_backends_agree(given, shape):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "spec",
     [P("x", "y"), *(pytest.param(s, marks=pytest.mark.slow) for s in (P(None, "x"), P("y")))],

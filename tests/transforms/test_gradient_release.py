@@ -151,13 +151,10 @@ def by_matrix(storage):
     return lambda path, leaf: storage if leaf.ndim == 2 else "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "storage, bound",
-    [
-        pytest.param("bfloat16", 0.02, marks=pytest.mark.slow),
-        pytest.param("int8", 0.1, marks=pytest.mark.slow),
-        ("compact", 2.0),
-    ],
+    [("bfloat16", 0.02), ("int8", 0.1), ("compact", 2.0)],
 )
 def test_lossy_state_is_close_to_float32(storage, bound):
     params, xs = mlp(width=8), inputs(3)
@@ -251,7 +248,8 @@ def test_hyperparameters_are_tunable_and_steps_are_counted_once():
     chex.assert_trees_all_equal(still, params)
 
 
-@pytest.mark.parametrize("two_pass", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("two_pass", [False, True])
 def test_recorded_measurements_are_of_all_parameters(two_pass):
     clip = adam_jax.clip_by_global_norm(0.1) if two_pass else optax.identity()
     groups = {"kernels": "kernel", "all": ""}
@@ -311,7 +309,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
         chex.assert_trees_all_close(new, usual, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_auxiliary_losses_and_results(microbatches):
     def with_penalty(p, h):
         h = layer(p, h)
@@ -485,6 +483,7 @@ def test_sharded_layers_step_as_on_one_device(axis_type, storage):
 
 
 @pytest.mark.eight_devices
+@pytest.mark.slow
 def test_zero1_shards_the_state_of_layers():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = adam_jax.groups(adam_jax.adamw, {"bias": "frozen"}, learning_rate=1e-2, eps=1e-2)

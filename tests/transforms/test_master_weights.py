@@ -256,7 +256,7 @@ APPLIED = {
     "schedule-free": masters(adam_jax.schedule_free_adamw(1e-2)),
     "Optax alone": optax.adamw(1e-2),
 }
-LIKE_OTHERS = ("32 bits", "stochastic", "tunable")
+LIKE_OTHERS = ("32 bits", "stochastic", "tunable", "adamw", "a chain")
 
 
 @pytest.mark.parametrize(
