@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from pathlib import Path
 
 os.environ.pop("XLA_FLAGS", None)  # it could request virtual devices, as `Devices` does
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
@@ -27,10 +26,6 @@ hypothesis.settings.register_profile("unhurried", deadline=None)  # the first ex
 hypothesis.settings.load_profile("unhurried")
 
 gc.set_threshold(200_000, 50, 1000)  # traces are many small objects that live long
-# Compiling takes most of the time, and a second run finds most programs here.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache/jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_traceback_in_locations_limit", 0)  # lowering records them for each operation
 
 

@@ -115,7 +115,9 @@ def test_every_format_lowers_to_a_kernel(name, platform):
     assert program.count(CALL[platform]) == len(FORMATS) * passes
 
 
-@pytest.mark.parametrize("shape", [(4096, 1024), (1335, 50257), (3, 3, 64, 64)])
+@pytest.mark.parametrize(
+    "shape", [(4096, 1024), pytest.param((1335, 50257), marks=pytest.mark.slow), (3, 3, 64, 64)]
+)
 @every_platform
 def test_a_kernel_copies_nothing_as_large_as_the_leaf(shape, platform):
     """Only the kernel uses arrays of that size, and it writes over its operands."""

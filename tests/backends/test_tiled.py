@@ -144,6 +144,7 @@ def test_streaming_under_vmap_equals_single_runs():
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together[0]), alone[0])
 
 
+@pytest.mark.slow
 def test_streaming_under_scan_equals_vmap():
     layers = jax.random.normal(jax.random.key(0), (3, 160, 1024))
     tx = adam_jax.adamw(1e-3, storage="int8")

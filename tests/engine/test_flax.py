@@ -278,7 +278,7 @@ PARTITIONED = {
     ),
 }
 SIMPLER = [(name, False) for name in ("int8", "master_weights", "optax in master_weights")]
-SIMPLER += [("optax", True)]
+SIMPLER += [("optax", True), ("groups", False), ("both", True)]
 
 
 @pytest.mark.eight_devices
@@ -287,9 +287,7 @@ SIMPLER += [("optax", True)]
     "name, unboxed",
     [
         ("optax", False),
-        ("groups", False),
         ("both", False),
-        ("both", True),
         *(pytest.param(name, unboxed, marks=pytest.mark.slow) for name, unboxed in SIMPLER),
     ],
 )

@@ -36,7 +36,12 @@ def test_the_first_snippet_of_the_readme_trains():
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/optimizers.md", "docs/bf16_parameters.md", "docs/gradient_release.md"]
+    "page",
+    [
+        "docs/optimizers.md",
+        "docs/bf16_parameters.md",
+        pytest.param("docs/gradient_release.md", marks=pytest.mark.slow),
+    ],
 )
 def test_the_snippets_of_a_page_run(page):
     run_snippets(page)

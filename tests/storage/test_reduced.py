@@ -58,7 +58,10 @@ def signs(t, rows=True, columns=True):
     return sign * size * (1 + 0.5 * (t % 3))
 
 
-@pytest.mark.parametrize("dtype, rtol", [("float64", 1e-12), ("float32", 4e-6)])
+@pytest.mark.parametrize(
+    "dtype, rtol",
+    [("float64", 1e-12), pytest.param("float32", 4e-6, marks=pytest.mark.slow)],
+)
 def test_rows_and_columns_are_the_averages_of_adafactor(dtype, rtol):
     """In float32, nu itself is off by 2e-6 after 200 steps, because b2 is rounded."""
     with jax.enable_x64(dtype == "float64"):
@@ -130,12 +133,10 @@ EXACT_STEP = 3.0
 
 
 NAMES = sorted({e.name for e in adam_jax.catalogue()} - {"adamw", "nadamw", "adamaxw", "sgd"})
-QUICK = ("adam",)
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_compact_takes_no_large_step_on_sparse_or_structured_gradients(name):
     """Without the floor, factored Adam takes steps of up to 3,445 learning rates here."""
     at = patterns()
@@ -321,7 +322,11 @@ def test_a_step_in_place_needs_little_memory(shape):
 
 @pytest.mark.parametrize("given", ["compact", "factored", MEAN, {"nu": storage.mean((-2, -1))}])
 @pytest.mark.parametrize(
-    "shape", [(70, 300), pytest.param((3, 40, 130), marks=pytest.mark.slow), (2, 2**17 + 256)]
+    "shape",
+    [
+        (70, 300),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((3, 40, 130), (2, 2**17 + 256))),
+    ],
 )
 def test_backends_agree(given, shape):
     params = jnp.ones(shape)

@@ -79,6 +79,7 @@ class Layers(nnx.Module):
         return self.norm(x @ self.layers.kernel[0] + self.layers.bias[1][None])
 
 
+@pytest.mark.slow
 @jax.numpy_rank_promotion("allow")  # which Flax's norms need
 def test_patterns_match_the_same_leaves_in_linen_and_nnx():
     def make():
