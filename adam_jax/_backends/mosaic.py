@@ -23,7 +23,7 @@ from adam_jax._util.numerics import TINY
 
 def _reciprocal(x: jax.Array) -> jax.Array:
     """Return 1/x by one Newton step, as XLA does, but with fewer special cases."""
-    reciprocal = getattr(tpu, "reciprocal", None) or pallas.reciprocal  # before jax 0.11
+    reciprocal = getattr(tpu, "reciprocal", None) or pallas.reciprocal  # in jax 0.10
     about = reciprocal(x, approx=True)
     nearer = about + about * (1 - x * about)
     return jax.lax.select(nearer == nearer, nearer, about)  # 0·Inf for x = 0 and x = Inf

@@ -30,8 +30,8 @@ def split(operands: Operands) -> Operands:
     """Return views of shape (…, rows / 8, columns / 128, 8, 128)."""
     shape = operands.update.shape
     arrays, tree = jax.tree.flatten(operands[:4])
-    views = map(_split, arrays, extents(operands[:4], shape))
-    return operands._replace(**dict(zip(Operands._fields, tree.unflatten(views), strict=False)))
+    u, g, p, moments = tree.unflatten(map(_split, arrays, extents(operands[:4], shape)))
+    return operands._replace(update=u, grad=g, param=p, moments=moments)
 
 
 def _split(x: jax.Array, extent: Extent) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import optax
@@ -24,7 +25,27 @@ class GlobalNormClip:
     def link(self, updates: PyTree) -> Link:
         """Return a link that clips these updates."""
         wide = jax.tree.map(lambda u: u.astype(arithmetic_dtype(u.dtype)), updates)
-        return link(rules.clip, {"norm": optax.tree.norm(wide), "max_norm": self.max_norm})
+        return clip_link(optax.tree.norm(wide), self.max_norm)
+
+
+def clip_link(norm: jax.Array, max_norm: Numeric) -> Link:
+    """Return a link that scales updates by min(1, max_norm / norm)."""
+    return link(rules.clip, {"norm": norm, "max_norm": max_norm})
+
+
+def clipped(
+    name: str, clip: Link, updates: PyTree, state: PyTree, extra: Mapping[str, PyTree]
+) -> tuple[PyTree, PyTree]:
+    """Run this link alone, in a transformation of this name; `state` is an EmptyState."""
+    chain = Chain(name, (clip,), "auto", bare=True)
+    return chain.step(updates, state, None, extra, emit_params=False)
+
+
+def check_max_norm(max_norm: Numeric) -> None:
+    """Check that max_norm is a number > 0, or an array."""
+    errors.hyperparam("max_norm", max_norm)
+    errors.not_a_schedule("max_norm", max_norm)
+    errors.above_zero("max_norm", max_norm)
 
 
 @errors.error_context("clip_by_global_norm")
@@ -50,9 +71,7 @@ def clip_by_global_norm(max_norm: Numeric) -> Transformation:
     >>> adam_jax.chain(clip_by_global_norm(1.0), adam_jax.sgd(0.1))
     chain(clip_by_global_norm(1.0), sgd(learning_rate=0.1))
     """
-    errors.hyperparam("max_norm", max_norm)
-    errors.not_a_schedule("max_norm", max_norm)
-    errors.above_zero("max_norm", max_norm)
+    check_max_norm(max_norm)
     clip = GlobalNormClip(max_norm)
 
     @errors.error_context("clip_by_global_norm")
@@ -63,8 +82,7 @@ def clip_by_global_norm(max_norm: Numeric) -> Transformation:
         **extra: PyTree,
     ) -> tuple[PyTree, PyTree]:
         del params
-        chain = Chain("clip_by_global_norm", (clip.link(updates),), "auto", bare=True)
-        return chain.step(updates, state, None, extra, emit_params=False)
+        return clipped("clip_by_global_norm", clip.link(updates), updates, state, extra)
 
     text = f"clip_by_global_norm({max_norm})"
     return transformation_of(clip, optax.identity().init, update, text)

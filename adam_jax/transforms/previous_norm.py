@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax import rules
 from adam_jax._engine import parts
-from adam_jax._engine.chain import Chain, link
 from adam_jax._engine.transformation import Transformation, transformation_of
 from adam_jax._util import errors
 from adam_jax._util.numerics import sum_of_squares
 from adam_jax._util.paths import by_key
 from adam_jax._util.typing import Numeric, PyTree
+from adam_jax.transforms.clip import check_max_norm, clip_link, clipped
 
 
 class PreviousNormState(NamedTuple):
@@ -47,9 +46,7 @@ def clip_to_previous_norm(max_norm: Numeric) -> Transformation:
     >>> adam_jax.chain(clip_to_previous_norm(1.0), adam_jax.sgd(0.1))
     chain(clip_to_previous_norm(1.0), sgd(learning_rate=0.1))
     """
-    errors.hyperparam("max_norm", max_norm)
-    errors.not_a_schedule("max_norm", max_norm)
-    errors.above_zero("max_norm", max_norm)
+    check_max_norm(max_norm)
 
     def init(params: optax.Params) -> PreviousNormState:
         del params
@@ -66,9 +63,8 @@ def clip_to_previous_norm(max_norm: Numeric) -> Transformation:
         square = parts.total(sum_of_squares(parts.own(by_key(updates))))
         own = jnp.sqrt(square).astype(jnp.float32)
         norm = jnp.where(state.norm == 0, own, state.norm)
-        clip = link(rules.clip, {"norm": norm, "max_norm": max_norm})
-        chain = Chain("clip_to_previous_norm", (clip,), "auto", bare=True)
-        updates, _ = chain.step(updates, optax.EmptyState(), None, extra, emit_params=False)
+        clip = clip_link(norm, max_norm)
+        updates, _ = clipped("clip_to_previous_norm", clip, updates, optax.EmptyState(), extra)
         return updates, PreviousNormState(jnp.where(jnp.isfinite(own), own, state.norm))
 
     return transformation_of((), init, update, f"clip_to_previous_norm({max_norm})")
