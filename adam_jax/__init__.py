@@ -3,7 +3,7 @@
 from adam_jax import diagnostics, interop, optimizers, rules, schedules, storage
 from adam_jax._engine.apply import apply
 from adam_jax._engine.state import moments, step_count
-from adam_jax._util.declare import positive, rule, running_max, signed
+from adam_jax._util.declare import initial_param, positive, rule, running_max, scalar, signed
 from adam_jax._util.numerics import abs_sq, debias, ema, sqrt
 from adam_jax._util.paths import matching, not_matching
 from adam_jax.analysis.catalogue import catalogue
@@ -45,6 +45,7 @@ __all__ = [
     "gradient_release",
     "grams",
     "groups",
+    "initial_param",
     "interop",
     "mars",
     "master_weights",
@@ -56,6 +57,7 @@ __all__ = [
     "rule",
     "rules",
     "running_max",
+    "scalar",
     "schedules",
     "set_hyperparams",
     "signed",

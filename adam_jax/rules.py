@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from adam_jax._util.declare import (
     Moment,
     Rule,
+    initial_param,
     non_average,
     positive,
     rule,
     running_max,
+    scalar,
     signed,
 )
 from adam_jax._util.numerics import (
@@ -26,6 +28,7 @@ from adam_jax._util.numerics import (
     averaging_length,
     debias,
     ema,
+    inner,
     least_norm,
     least_square,
     momentum_product,
@@ -305,6 +308,76 @@ def rms_variance(g, mu, variance, *, t, decay, eps, eps_in_sqrt=True, bias_corre
     variance = (1 - w) * (variance + w * abs_sq(g - mean))
     mu = ema(decay, mu, g)
     return g / (sqrt(variance + eps) if eps_in_sqrt else sqrt(variance) + eps), mu, variance
+
+
+def prodigy_step_size(learning_rate, estim_lr, b1, b2, t):
+    """Return γ·d·√(1 - b2^t)/(1 - b1^t), which multiplies Prodigy's direction and decay."""
+    return learning_rate * estim_lr * debias(1.0, b1, t) / sqrt(debias(1.0, b2, t))
+
+
+def prodigy_estimate(
+    estim_lr,
+    numerator_weighted,
+    alignment,
+    grad_sum_norm,
+    *,
+    t,
+    learning_rate,
+    b1,
+    b2,
+    b3,
+    estim_lr0,
+    estim_lr_coef,
+):
+    """Mishchenko & Defazio (2023), Algorithm 4: raise d if the steps agree with g·(p_0 - p)."""
+    weight = estim_lr / estim_lr0 * prodigy_step_size(learning_rate, estim_lr, b1, b2, t)
+    numerator = b3 * numerator_weighted + weight * alignment
+    estimate = estim_lr_coef * numerator / jnp.where(grad_sum_norm > 0, grad_sum_norm, 1)
+    return {"estim_lr": jnp.maximum(estim_lr, estimate), "numerator_weighted": numerator}
+
+
+@rule(
+    exp_avg=signed,
+    exp_avg_sq=positive.at_least(
+        lambda exp_avg, b1, b2: least_square(exp_avg, b1, b2), bounds_step=True
+    ),
+    grad_sum=signed,
+    params0=initial_param,
+    estim_lr=scalar.starting_at("estim_lr0"),
+    numerator_weighted=scalar,
+    update_scalars=prodigy_estimate,
+)
+def prodigy(
+    g,
+    exp_avg,
+    exp_avg_sq,
+    grad_sum,
+    params0,
+    *,
+    p,
+    t,
+    estim_lr,
+    learning_rate,
+    b1,
+    b2,
+    b3,
+    eps,
+    estim_lr0,
+    safeguard_warmup=False,
+):
+    """Mishchenko & Defazio (2023), Algorithm 4: Adam, with an estimate d of the learning rate.
+
+    `estim_lr` is d; multiply the direction by `prodigy_step_size`. Sums are divided by d_0. In
+    Optax, ε is multiplied by the next step's d.
+    """
+    d = estim_lr
+    exp_avg = ema(b1, exp_avg, d * g)
+    exp_avg_sq = ema(b2, exp_avg_sq, abs_sq(d * g))
+    weight = d if safeguard_warmup else prodigy_step_size(learning_rate, d, b1, b2, t)
+    grad_sum = b3 * grad_sum + d / estim_lr0 * weight * g
+    totals = {"alignment": inner(g, params0 - p), "grad_sum_norm": jnp.abs(grad_sum)}
+    u = exp_avg / (sqrt(exp_avg_sq) + d * eps)
+    return u, exp_avg, exp_avg_sq, grad_sum, params0, totals
 
 
 @rule(trace=signed)

@@ -532,3 +532,43 @@ class ScheduleFreeAdamW:
         self.x = (1 - c) * self.x + c * self.z
         self.y = self.b1 * self.x + (1 - self.b1) * self.z
         return self.y
+
+
+# --- Prodigy ------------------------------------------------------------------------------------
+
+
+class Prodigy:
+    """Mishchenko & Defazio (2023), Algorithm 4, for all parameters as one vector.
+
+        prodigy = Prodigy(p)
+        prodigy.step(gradient at prodigy.p)   # any number of times
+
+    Bias correction, sqrt(1 - b2^t) / (1 - b1^t), is an option of the authors' code; Optax always
+    has it, and so does this. The sums r and s are divided by d0, as in both codes: r/‖s‖ is d.
+    Differing copies: Optax has the next step's d in eps.
+    Checked: optax.contrib.prodigy with eps = 1e-30 2e-16 of the parameters after 40 steps.
+    """
+
+    def __init__(
+        self, p, *, lr=1.0, b1=0.9, b2=0.999, b3=None, eps=1e-8, d0=1e-6, d_coef=1.0,
+        weight_decay=0.0, safeguard_warmup=False,
+    ):  # fmt: skip
+        self.lr, self.b1, self.b2, self.eps, self.d0 = lr, b1, b2, eps, d0
+        self.b3 = b2**0.5 if b3 is None else b3
+        self.d_coef, self.weight_decay, self.safeguard = d_coef, weight_decay, safeguard_warmup
+        self.p = self.p0 = p
+        self.m = self.v = self.s = np.zeros_like(p)
+        self.d, self.r, self.t = d0, 0.0, 0
+
+    def step(self, g):
+        self.t += 1
+        d, lr = self.d, self.lr(self.t - 1) if callable(self.lr) else self.lr
+        dlr = d * lr * np.sqrt(1 - self.b2**self.t) / (1 - self.b1**self.t)
+        self.m = ema(self.b1, self.m, d * g)
+        self.v = ema(self.b2, self.v, (d * g) ** 2)
+        self.r = self.b3 * self.r + d / self.d0 * dlr * np.sum(g * (self.p0 - self.p))
+        self.s = self.b3 * self.s + d / self.d0 * (d if self.safeguard else dlr) * g
+        u = self.m / (np.sqrt(self.v) + d * self.eps)
+        self.p = self.p - dlr * (u + self.weight_decay * self.p)
+        self.d = max(d, self.d_coef * self.r / np.sum(np.abs(self.s)))
+        return self.p

@@ -13,7 +13,7 @@ import itertools
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ import optax
 from adam_jax._backends import xla
 from adam_jax._backends.choice import BACKENDS
 from adam_jax._backends.step import Operands
+from adam_jax._engine import parts
+from adam_jax._engine.hyperparams import Computed, Scalar, as_scalar, evaluate, is_schedule
 from adam_jax._engine.leaf import (
     Layout,
     Seeds,
@@ -38,16 +40,14 @@ from adam_jax._engine.state import State, count_fields, state_class
 from adam_jax._engine.transformation import Transformation, transformation_of
 from adam_jax._util import errors
 from adam_jax._util.declare import Moment, Option, Rule
-from adam_jax._util.numerics import Decay, decay_rate
+from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.partition_specs import known_shardings
 from adam_jax._util.paths import Key, is_box, keys, map_with_path, rebox, unbox
-from adam_jax._util.typing import KeyPath, Mask, Numeric, PyTree, ScalarOrSchedule
+from adam_jax._util.typing import KeyPath, Mask, PyTree, ScalarOrSchedule
 from adam_jax.storage import MIN_SIZE, Storage, _moments, _policy
 from adam_jax.storage._blockwise import QuantizedLeaf
 from adam_jax.storage._moments import Stored
-
-Scalar: TypeAlias = np.float64 | jax.Array | Decay
-"""The value of a hyperparameter in one step."""
+from adam_jax.storage._reduced import MeanLeaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Link:
     """The rule's moments, with the lower bounds that these hyperparameters give."""
     scalars: Mapping[str, Scalar]
     """The hyperparameters that are Python numbers, converted once."""
-    starts: Mapping[str, Numeric]
-    """The initial value of each moment."""
+    starts: Mapping[str, PyTree]
+    """The initial value of each moment and scalar; for a moment, it may be f(parameter)."""
     options: tuple[tuple[str, Option], ...]
     storage: Storage
     state: type[State]
@@ -77,12 +77,23 @@ class Link:
             for name, moment in self.moments.items()
         }
         counts = {name: jnp.zeros([], jnp.int32) for name in self.counts}
-        state = self.state(**counts, **moments)
+        scalars = {
+            name: jnp.asarray(self.starts[name], _real_dtype(jax.tree.leaves(params)))
+            for name in self.rule.scalars
+        }
+        state = self.state(**counts, **moments, **scalars)
         return state if self.mask is None else optax.MaskedState(state)
 
-    def operands(self, count: jax.Array | None) -> dict[str, Scalar]:
-        """Return the values of the hyperparameters after `count` steps."""
-        evaluated = {k: v for k, v in self.hyperparams.items() if k not in self.scalars}
+    def operands(self, count: jax.Array | None, values: Mapping[str, PyTree]) -> dict[str, Scalar]:
+        """Return the values of the hyperparameters after `count` steps.
+
+        `values` has the scalars and hyperparameters of the link with scalars.
+        """
+        evaluated = {
+            k: v(values) if isinstance(v, Computed) else v
+            for k, v in self.hyperparams.items()
+            if k not in self.scalars
+        }
         return {**self.scalars, **evaluate(evaluated, count)}
 
 
@@ -98,29 +109,32 @@ def link(
 
     `state` is the class of its state, a NamedTuple with the rule's moments and step counts.
     """
-    starts = {m.start: 0.0 for m in rule.moments.values() if isinstance(m.start, str)}
-    known = {**rule.hyperparams, **starts, **rule.options}
+    declared: dict[str, PyTree] = {**rule.moments, **rule.scalars}
+    starts = {m.start: 0.0 for m in declared.values() if isinstance(m.start, str)}
+    known = {**starts, **rule.hyperparams, **rule.options}
     errors.known_hyperparams(given, known)
     values = {k: given.get(k, v) for k, v in known.items() if k not in rule.options}
     for name, value in values.items():
+        if isinstance(value, Computed):
+            continue
         errors.hyperparam(name, value)
         if name in starts:
             errors.not_a_schedule(name, value, ", because it is used once, in init")
-    schedules = [name for name, value in values.items() if callable(value)]
+    schedules = [name for name, value in values.items() if is_schedule(value)]
     quantized = _policy.may_quantize(storage, rule.moments)
-    if state is None or (quantized and not count_fields(state, rule.moments)):
+    if state is None or (quantized and not count_fields(state, rule.fields)):
         # stochastic rounding needs a count, so that no two steps share random bits
         counted = quantized or bool(schedules) or "t" in rule.inputs
-        state = state_class(tuple(rule.moments), counted)
-    counts = count_fields(state, rule.moments)
+        state = state_class(tuple(rule.moments), counted, tuple(rule.scalars))
+    counts = count_fields(state, rule.fields)
     if schedules and not counts:
         errors.no_step_count(schedules[0], state)
     start = {
         name: values[m.start] if isinstance(m.start, str) else m.start
-        for name, m in rule.moments.items()
+        for name, m in declared.items()
     }
     used = {k: values[k] for k in rule.hyperparams}
-    scalars = {k: _scalar(k, v) for k, v in used.items() if isinstance(v, (int, float))}
+    scalars = {k: as_scalar(k, v) for k, v in used.items() if isinstance(v, (int, float))}
     options = tuple((k, given.get(k, v)) for k, v in rule.options.items())
     moments = _with_bounds(rule, scalars) if quantized else rule.moments
     return Link(rule, used, moments, scalars, start, options, storage, state, counts, mask)
@@ -137,28 +151,13 @@ def _with_bounds(rule: Rule, scalars: Mapping[str, Scalar]) -> Mapping[str, Mome
     return {name: m._replace(bounds_step=m.bounds_step and limit) for (name, m), limit in named}
 
 
-def evaluate(hyperparams: Mapping[str, PyTree], count: jax.Array | None) -> dict[str, Scalar]:
-    """Return the hyperparameters' values, with schedules evaluated at `count`."""
-    values: dict[str, PyTree] = {k: v(count) if callable(v) else v for k, v in hyperparams.items()}
-    for name, value in values.items():
-        if callable(hyperparams[name]) and not isinstance(value, Decay):
-            errors.scheduled(name, value)
-    return {name: _scalar(name, value) for name, value in values.items()}
-
-
-def _scalar(name: str, value: jax.typing.ArrayLike | Decay) -> Scalar:
-    if errors.is_decay_rate(name):
-        return decay_rate(value)
-    # float64 keeps all digits for float64 leaves; unless x64 is enabled, JAX casts it to float32
-    return np.float64(value) if isinstance(value, (int, float)) else jnp.asarray(value)
-
-
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """Links that run on every leaf in sequence.
 
-    If `bare`, the chain has one link, whose state is the chain's state. Otherwise, the state is a
-    tuple with one state per link, as in `optax.chain`. Errors at init and update begin with `name`.
+    If `bare`, the state of the main link, which has the moments, is the chain's state; the other
+    links have at most its step count. Otherwise, the state is a tuple with one state per link, as
+    in `optax.chain`. Errors at init and update begin with `name`.
     """
 
     name: str
@@ -182,7 +181,13 @@ class Chain:
         states = tuple(link.init(params) for link in self.links)
         for each, state in zip(self.links, states, strict=True):
             _warn_if_nothing_is_lossy(self.name, each, state, params)
-        return states[0] if self.bare else states
+        return states[self._main] if self.bare else states
+
+    @property
+    def _main(self) -> int:
+        """Return the index of the first link with moments, or of the last link."""
+        with_moments = (k for k, link in enumerate(self.links) if link.rule.moments)
+        return next(with_moments, len(self.links) - 1)
 
     def step(
         self,
@@ -201,7 +206,7 @@ class Chain:
         """
         del extra
         states = self._states(state)
-        steps = [_StepScalars.of(link, s) for link, s in zip(self.links, states, strict=True)]
+        steps = self._step_scalars(states)
         scalars, layout = pack([(step.t, step.operands) for step in steps])
         counts = tuple(0 if step.t is None else step.t for step in steps)
         tree = Tree(updates)
@@ -219,8 +224,8 @@ class Chain:
             )
             for operands in [Operands(u, g, p, moments, scalars, None)]
         ]
-        outputs = tree.with_leaves([output for output, _ in stepped])
-        return outputs, self._next(tree, states, steps, [moments for _, moments in stepped])
+        outputs = tree.with_leaves([leaf.output for leaf in stepped])
+        return outputs, self._next(tree, states, steps, stepped)
 
     def _has_learning_rate(self) -> bool:
         """Whether a link has a learning rate, which suggests that the updates will be applied."""
@@ -228,10 +233,27 @@ class Chain:
 
     def _states(self, state: PyTree) -> list[State]:
         """Return each link's state, unwrapped from its `MaskedState`."""
-        masked = [link.mask is not None for link in self.links]
-        errors.states(state, [link.state for link in self.links], masked, self.bare)
+        links = [self.links[self._main]] if self.bare else self.links
+        masked = [link.mask is not None for link in links]
+        errors.states(state, [link.state for link in links], masked, self.bare)
         states = [state] if self.bare else state
-        return [s.inner_state if m else s for s, m in zip(states, masked, strict=True)]
+        states = [s.inner_state if m else s for s, m in zip(states, masked, strict=True)]
+        if not self.bare:
+            return states
+        count = next((getattr(states[0], name) for name in links[0].counts), None)
+        return [
+            states[0] if link is links[0] else link.state(**dict.fromkeys(link.counts, count))
+            for link in self.links
+        ]
+
+    def _step_scalars(self, states: Sequence[State]) -> list[_StepScalars]:
+        """Return each link's scalars in this step, some computed from those of another link."""
+        pairs = list(zip(self.links, states, strict=True))
+        known: dict[str, PyTree] = {}
+        for link, state in pairs:
+            if link.rule.scalars:
+                known |= _StepScalars.of(link, state, {}).cast(_dtype_of_scalars(link, state))
+        return [_StepScalars.of(link, state, known) for link, state in pairs]
 
     def _moments(self, tree: Tree, states: Sequence[State]) -> list[tuple[tuple[Stored, ...], ...]]:
         """Return the stored moments of each leaf, per link."""
@@ -263,18 +285,21 @@ class Chain:
         tree: Tree,
         states: Sequence[State],
         steps: Sequence[_StepScalars],
-        moments: Sequence[Sequence[tuple[Stored, ...]]],
+        stepped: Sequence[SteppedLeaf],
     ) -> PyTree:
-        """Return the new state: new moments, incremented counts, and `MaskedState` if masked."""
+        """Return the new state: moments, scalars, and counts, and `MaskedState` if masked."""
         new = []
         for k, (link, state, step) in enumerate(zip(self.links, states, steps, strict=True)):
-            written = {
-                name: tree.with_moment([leaf[k][i] for leaf in moments], getattr(state, name))
+            moments = {
+                name: tree.with_moment(
+                    [leaf.moments[k][i] for leaf in stepped], getattr(state, name)
+                )
                 for i, name in enumerate(link.rule.moments)
             }
-            state = state._replace(**step.counts, **written)
+            scalars = _next_scalars(link, state, step, [leaf.sums[k] for leaf in stepped])
+            state = state._replace(**step.counts, **moments, **scalars)
             new.append(state if link.mask is None else optax.MaskedState(state))
-        return new[0] if self.bare else tuple(new)
+        return new[self._main] if self.bare else tuple(new)
 
     def _step_leaf(
         self,
@@ -285,7 +310,7 @@ class Chain:
         layout: Layout,
         counts: tuple[jax.Array | int, ...],
         emit_params: bool,
-    ) -> tuple[PyTree, Sequence[tuple[Stored, ...]]]:
+    ) -> SteppedLeaf:
         """Check one leaf and run the rules on it; without a gradient, the leaf is unchanged."""
         u: PyTree = operands.update
         p: PyTree = operands.param
@@ -293,10 +318,12 @@ class Chain:
         split = isinstance(p, SplitParam)
         by_addition = split and not emit_params
         emit_params = emit_params or split
+        unchanged = functools.partial(SteppedLeaf, moments=stored, sums=[()] * len(stages))
         if u is None:
-            return p if emit_params else None, stored
+            return unchanged(p if emit_params else None)
         if getattr(u, "dtype", None) == jax.dtypes.float0:
-            return p if emit_params else u if p is None else jax.tree.map(jnp.zeros_like, p), stored
+            zero = u if p is None else jax.tree.map(jnp.zeros_like, p)
+            return unchanged(p if emit_params else zero)
         errors.leaf("the gradient of", path, u)
         u = float(u) if isinstance(u, int) else u
         for link, moments in zip(self.links, stored, strict=True):
@@ -307,7 +334,7 @@ class Chain:
         readers = [stage[0] for stage in stages if stage and "p" in stage[0].inputs]
         errors.parameter(path, u, p.value if split else p, readers, emit_params)
         if np.size(u) == 0:
-            return p if emit_params else u, stored
+            return unchanged(p if emit_params else u)
         random_param = split and p.seed is not None
         seeds = None
         if random_param or _moments.needs_random_bits(stored):
@@ -319,20 +346,62 @@ class Chain:
         elif not (readers or emit_params or ordered):
             p = None
         used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
+        totals = [len(stage[0].totals) if stage else 0 for stage in stages]
+        if any(totals):
+            zero = jnp.zeros((1,) * np.ndim(u), _real_dtype((u, p, stored)))
+            used.append((MeanLeaf(zero),) * sum(totals))
         sharding = known_shardings.get().get(key)
         execute_leaf = BACKENDS[self.implementation]
         settings = Settings(stages, layout, execute_leaf, emit_params, by_addition, sharding)
         operands = Operands(u, operands.grad, p, used, operands.scalars, None)
         output, new = run_leaf(operands, seeds, settings=settings)
         news = iter(new)
-        return output, [
+        moments = [
             next(news) if stage else moments for moments, stage in zip(stored, stages, strict=True)
         ]
+        means = iter(next(news, ()))
+        sums = [[jnp.sum(next(means).values) * np.size(u) for _ in range(n)] for n in totals]
+        return SteppedLeaf(output, moments, sums)
+
+
+def _next_scalars(
+    link: Link, state: State, step: _StepScalars, sums: Sequence[Sequence[jax.Array]]
+) -> dict[str, jax.Array]:
+    """Return a link's scalars after a step, given its sums over each leaf."""
+    rule = link.rule
+    if not rule.scalars:
+        return {}
+    dtype = _dtype_of_scalars(link, state)
+    totals = [jnp.zeros([], dtype)] * len(rule.totals)
+    for leaf in sums:
+        totals = [total + x.astype(dtype) for total, x in zip(totals, leaf, strict=False)]
+    named = dict(zip(rule.totals, parts.total(totals), strict=True))
+    new = rule.next_scalars({**step.cast(dtype), **named})
+    return {name: jnp.asarray(new[name], getattr(state, name).dtype) for name in rule.scalars}
+
+
+def _real_dtype(arrays: PyTree) -> np.dtype:
+    """Return the dtype of sums over these arrays."""
+    return arithmetic_dtype(*_moments.dtypes(arrays)).type(0).real.dtype
+
+
+def _dtype_of_scalars(link: Link, state: State) -> np.dtype:
+    return arithmetic_dtype(*(getattr(state, name).dtype for name in link.rule.scalars))
 
 
 def _hash(key: Key) -> np.uint32:
     path, repeated = key
     return np.uint32(zlib.crc32((f"{path}#{repeated}" if repeated else path).encode()))
+
+
+class SteppedLeaf(NamedTuple):
+    """The results of one leaf's step."""
+
+    output: PyTree
+    moments: Sequence[tuple[Stored, ...]]
+    """The moments of each link."""
+    sums: Sequence[Sequence[jax.Array]]
+    """The terms of each link's totals, none if it doesn't act on the leaf."""
 
 
 class Tree:
@@ -390,11 +459,17 @@ class _StepScalars(NamedTuple):
     counts: dict[str, PyTree]
 
     @classmethod
-    def of(cls, link: Link, state: State) -> _StepScalars:
+    def of(cls, link: Link, state: State, known: Mapping[str, PyTree]) -> _StepScalars:
         before = [getattr(state, name) for name in link.counts]
         counts = {n: optax.safe_increment(c) for n, c in zip(link.counts, before, strict=True)}
-        operands = link.operands(before[0] if before else None)
-        return cls(next(iter(counts.values()), None), operands, counts)
+        operands = link.operands(before[0] if before else None, known)
+        scalars = {name: getattr(state, name) for name in link.rule.scalars}
+        return cls(next(iter(counts.values()), None), {**operands, **scalars}, counts)
+
+    def cast(self, dtype: jax.typing.DTypeLike) -> dict[str, PyTree]:
+        """Return the scalars and the step by name, in one dtype."""
+        values = {**self.operands, **({} if self.t is None else {"t": self.t})}
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype), values)
 
 
 def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTree) -> None:

@@ -65,7 +65,8 @@ class Settings(NamedTuple):
 def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> Result:
     """Step a leaf; the trace depends only on `settings`, shapes, and dtypes.
 
-    `operands.moments` has only the moments of rules that act on the leaf.
+    `operands.moments` has only the moments of rules that act on the leaf. If the rules have totals,
+    it ends with a tuple of zeros like their means over the leaf.
     """
     stages, layout, execute_leaf, emit_params, by_addition, sharding = settings
     size = np.size(operands.update)
@@ -131,12 +132,14 @@ class LeafStep(NamedTuple):
         }
         encoders: list[Callable[[jax.Array | None], tuple[Stored, ...]]] = []
         active = [(k, stage) for k, stage in enumerate(self.stages) if stage is not None]
-        for (k, (rule, options)), old in zip(active, stored, strict=True):
+        terms: list[jax.Array] = []
+        for (k, (rule, options)), old in zip(active, stored[: len(active)], strict=True):
             t, hyper = hyperparams[k]
-            given = {name: t if name == "t" else inputs[name] for name in rule.inputs}
             decoded = _decode(rule, old, hyper, dtype, u.shape)
             with _promotion(dtype):
-                new_u, *new = _apply(rule, u, decoded, **given, **hyper, **dict(options))
+                values = {**inputs, **hyper, **dict(options), "t": t}
+                new_u, new, new_terms = _apply(rule, u, decoded, values)
+            terms += new_terms
             draw = _no_bits if t is None else functools.partial(self._draw, part, 2 + k)
             absmax, is_fused = part.block_absmax, self.platform != "cpu"
             encoders.append(
@@ -153,7 +156,8 @@ class LeafStep(NamedTuple):
             )
         else:
             output = u.astype(received.dtype)
-        return output, lambda seeds: [encode(seeds) for encode in encoders]
+        totals = [tuple(map(sums, terms, *stored[len(active) :]))] if terms else []
+        return output, lambda seeds: [*(encode(seeds) for encode in encoders), *totals]
 
     def _draw(
         self, part: Part, k: int, seeds: jax.Array | None, name: str = ""
@@ -283,15 +287,16 @@ def _decode(
 
 
 def _apply(
-    rule: Rule, u: jax.Array, moments: Sequence[jax.Array], **keywords: PyTree
-) -> Sequence[jax.Array]:
-    """Return a rule's direction and new moments."""
-    out = rule.step(u, *moments, **keywords)
-    if rule.moments:
+    rule: Rule, u: jax.Array, moments: Sequence[jax.Array], values: Mapping[str, PyTree]
+) -> tuple[jax.Array, Sequence[jax.Array], Sequence[jax.Array]]:
+    """Return a rule's direction, its new moments, and the arrays to sum for its totals."""
+    out = rule.apply(u, moments, values)
+    if rule.fields:
         errors.returned(rule, out)
-    out = out if rule.moments else (out,)
+    out = out if rule.fields else (out,)
     errors.outputs(rule, u, moments, out)
-    return out
+    terms = [out[-1][name] for name in rule.totals]
+    return out[0], out[1 : 1 + len(moments)], terms
 
 
 def _promotion(dtype: jax.typing.DTypeLike) -> contextlib.AbstractContextManager[None]:

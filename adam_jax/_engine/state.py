@@ -40,8 +40,9 @@ OPTAX_STATES: dict[type[State], tuple[str, ...]] = {
     optax.TraceState: ("trace",),
     optax.contrib.ScaleByAdemamixState: ("m1", "m2", "nu"),
     optax.contrib.ScaleBySimplifiedAdEMAMixState: ("m", "n"),
+    optax.contrib.ProdigyState: ("exp_avg", "exp_avg_sq", "grad_sum", "params0"),
 }
-"""The fields of Optax's states that are moments; all other fields are step counts."""
+"""The fields of Optax's states that are moments; other fields are step counts and scalars."""
 
 _DEFAULTS: dict[tuple[str, ...], type[State]] = {
     ("mu",): optax.ScaleByLionState,
@@ -51,28 +52,32 @@ _DEFAULTS: dict[tuple[str, ...], type[State]] = {
 }
 
 
-def state_class(moments: tuple[str, ...], counted: bool) -> type[State]:
+def state_class(
+    moments: tuple[str, ...], counted: bool, scalars: tuple[str, ...] = ()
+) -> type[State]:
     """Return Optax's NamedTuple class with these moments and a step count, or make one.
 
-    Without moments, the state has a step count only if `counted`.
+    Without moments and scalars, the state has a step count only if `counted`.
     """
+    if scalars:
+        return _rule_state_class(moments, scalars)
     if not moments:
         return optax.ScaleByScheduleState if counted else optax.EmptyState
     return _DEFAULTS.get(moments) or _rule_state_class(moments)
 
 
 @functools.cache
-def _rule_state_class(moments: tuple[str, ...]) -> type[State]:
-    fields = [(name, PyTree) for name in ("count", *moments)]
+def _rule_state_class(moments: tuple[str, ...], scalars: tuple[str, ...] = ()) -> type[State]:
+    fields = [(name, PyTree) for name in ("count", *moments, *scalars)]
     made: PyTree = NamedTuple("ScaleByRuleState", fields)
     # pickle finds a class by its module and name, but this class isn't a module attribute
-    made.__reduce__ = lambda self: (_remake, (moments, *self))
+    made.__reduce__ = lambda self: (functools.partial(_remake, scalars=scalars), (moments, *self))
     made._moments = moments  # a field name can't begin with _
     return made
 
 
-def _remake(moments: tuple[str, ...], *fields: PyTree) -> PyTree:
-    return _rule_state_class(moments)(*fields)
+def _remake(moments: tuple[str, ...], *fields: PyTree, scalars: tuple[str, ...] = ()) -> PyTree:
+    return _rule_state_class(moments, scalars)(*fields)
 
 
 def moment_fields(state: PyTree) -> tuple[str, ...]:
@@ -80,9 +85,9 @@ def moment_fields(state: PyTree) -> tuple[str, ...]:
     return getattr(type(state), "_moments", OPTAX_STATES.get(type(state), ()))
 
 
-def count_fields(state: type[State], moments: Iterable[str]) -> tuple[str, ...]:
-    """Return the fields of a state class that count steps: all except moments."""
-    return tuple(f for f in state._fields if f not in moments)
+def count_fields(state: type[State], others: Iterable[str]) -> tuple[str, ...]:
+    """Return the fields of a state class that count steps: all except moments and scalars."""
+    return tuple(f for f in state._fields if f not in others)
 
 
 def moments(state: PyTree) -> dict[str, PyTree]:

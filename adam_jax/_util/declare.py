@@ -1,4 +1,4 @@
-"""The declaration of a rule: its moments, with their signs and initial values."""
+"""The declaration of a rule: its moments and scalars, with their initial values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ Option: TypeAlias = bool | str | Callable[..., Any]
 """An argument of a rule that is fixed when the optimizer is made."""
 
 
+Start: TypeAlias = Callable[[jax.Array], jax.Array]
+"""The initial value of a moment, as a function of the parameter."""
+
+
 class Moment(NamedTuple):
     """The declared properties of a moment."""
 
     signed: bool
-    start: float | str = 0.0
+    start: float | str | Start = 0.0
     average: bool = True
     """Whether it is an exponential average, so that the mean over an axis is an average, too."""
     round_down: bool = False
@@ -32,9 +36,15 @@ class Moment(NamedTuple):
     """A function that returns a lower bound; see `at_least`."""
     bounds_step: bool = False
     """Whether the lower bound limits the step; see `at_least`."""
+    exact: bool = False
+    """Whether it keeps the parameter's dtype unless `storage` names it, and is never lossy."""
 
-    def starting_at(self, start: float | str) -> Moment:
-        """Return the moment, starting at a number or at the named hyperparameter."""
+    def starting_at(self, start: float | str | Start) -> Moment:
+        """Return the moment, starting at a number, a hyperparameter, or f(parameter).
+
+        Args:
+          start: a number, the name of a hyperparameter, or a function of the parameter.
+        """
         return self._replace(start=start)
 
     def at_least(self, bound: Callable[..., Any], *, bounds_step: bool = False) -> Moment:
@@ -66,12 +76,34 @@ non_average: Moment = Moment(signed=False, average=False)
 storage rounds it stochastically: rounding down would lower it by one code at every step."""
 
 
+initial_param: Moment = Moment(signed=True, average=False, start=lambda p: p, exact=True)
+"""The parameter before the first step, which a rule returns unchanged."""
+
+
+class Scalar(NamedTuple):
+    """The declaration of a number that all leaves share; see `rule`."""
+
+    start: float | str = 0.0
+
+    def starting_at(self, start: float | str) -> Scalar:
+        """Return the scalar, starting at a number or at the named hyperparameter."""
+        return Scalar(start)
+
+
+scalar: Scalar = Scalar()
+"""A number that all leaves share, such as Prodigy's estimate of the learning rate."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
-    """A formula for one array, with its declared moments; made by `rule`."""
+    """A formula for one array, with its declared moments and scalars; made by `rule`."""
 
     step: Callable[..., Any]
     moments: Mapping[str, Moment]
+    scalars: Mapping[str, Scalar]
+    update_scalars: Callable[..., Mapping[str, jax.Array]] | None
+    totals: tuple[str, ...]
+    """The names of the sums over all leaves that `update_scalars` takes."""
     inputs: tuple[str, ...]
     hyperparams: Mapping[str, PyTree]
     options: Mapping[str, Option]
@@ -79,6 +111,27 @@ class Rule:
     @property
     def name(self) -> str:
         return self.step.__name__
+
+    def apply(
+        self, u: jax.Array, moments: Sequence[jax.Array], values: Mapping[str, PyTree]
+    ) -> PyTree:
+        """Apply the formula, with its keyword arguments from `values`."""
+        _, keywords = _parameters(self.step)
+        return self.step(u, *moments, **{k: values[k] for k in keywords})
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Return the names of the state's fields other than step counts."""
+        return (*self.moments, *self.scalars)
+
+    def next_scalars(self, values: Mapping[str, PyTree]) -> Mapping[str, jax.Array]:
+        """Return the scalars after a step.
+
+        `values` has the totals and the scalars, hyperparameters, and step of this step.
+        """
+        if self.update_scalars is None:
+            return {}
+        return self.update_scalars(**{k: values[k] for k in _arguments(self.update_scalars)})
 
     def bounds(
         self, moments: Sequence[jax.Array], hyperparams: Mapping[str, PyTree]
@@ -99,10 +152,14 @@ class Rule:
         return self.step(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"rule {self.name}({', '.join(self.moments)})"
+        return f"rule {self.name}({', '.join(self.fields)})"
 
 
-def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
+def rule(
+    *bare: Any,
+    update_scalars: Callable[..., Mapping[str, jax.Array]] | None = None,
+    **declared: Moment | Scalar,
+) -> Callable[[Callable[..., Any]], Rule]:
     """Declare a variant of Adam: a function of one array, and its moments.
 
     The decorated function takes the gradient, its moments in the declared order, and any of these
@@ -114,21 +171,29 @@ def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
     - `mean`: mean(x) is the mean of x over the whole leaf, and mean(x, y) computes two means in
       one pass. Don't use `jnp.mean`: the arrays may be only a part of the leaf;
     - `size`, the number of elements in the leaf;
+    - the declared scalars, which all leaves share;
     - hyperparameters. Names such as b1 and b2 declare decay rates in [0, 1); eps must be ≥ 0. A
       default that is a bool, a string, or a function declares an option, fixed when the optimizer
       is made.
 
     It returns the direction, which is multiplied by the learning rate and then subtracted from the
     parameter, and the new moments. Arrays are float32 (float64 for float64 leaves) and have the
-    leaf's shape.
+    leaf's shape. A rule with `update_scalars` also returns a dict of real arrays, whose sums over
+    all leaves are the totals.
 
     Args:
-      **moments: `signed`, `positive`, or `running_max`, keyed by the name of the state's field.
-        `.starting_at(…)` sets a start other than 0, and `.at_least(…)` sets a lower bound for
-        lossy storage.
+      update_scalars: a function that computes the next step's scalars, once per step, and returns
+        them in a dict. Its positional arguments are named after scalars and totals. Its keyword-
+        only arguments are `t` and hyperparameters. Under a mask, totals include the leaves that
+        the rule acts on. In your own `shard_map`, totals are sums over the local shards.
+      **declared: moments and scalars, keyed by the name of the state's field. A moment is
+        `signed`, `positive`, `running_max`, or `initial_param`. `.starting_at(…)` sets a start
+        other than 0, and `.at_least(…)` sets a lower bound for lossy storage. `scalar` is a number
+        that all leaves share.
 
     Raises:
-      TypeError: the function's arguments aren't the gradient and the declared moments in order.
+      TypeError: the function's arguments aren't the gradient and the declared moments in order, or
+        `update_scalars` is missing for scalars.
 
     >>> import adam_jax
     >>> @adam_jax.rule(nu=adam_jax.positive)
@@ -143,10 +208,11 @@ def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
             "@adam_jax.rule(mu=adam_jax.signed), or @adam_jax.rule() without moments"
         )
 
+    moments = {name: m for name, m in declared.items() if not isinstance(m, Scalar)}
+    scalars = {name: m for name, m in declared.items() if isinstance(m, Scalar)}
+
     def declare(step: Callable[..., Any]) -> Rule:
-        parameters = inspect.signature(step).parameters.values()
-        positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-        keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        positional, keywords = _parameters(step)
         for name, moment in moments.items():
             if not isinstance(moment, Moment) or name == "count" or name.startswith("_"):
                 raise TypeError(
@@ -165,17 +231,35 @@ def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
                     f"rule {step.__name__}: the bound of {name} must take moments and "
                     f"hyperparameters of the rule, got {', '.join(sorted(unknown))}"
                 )
-        named = {k: v for k, v in keywords.items() if k not in INPUTS}
+        if bool(scalars) != (update_scalars is not None):
+            raise TypeError(
+                f"rule {step.__name__}: update_scalars must be given if and only if scalars are "
+                f"declared, got the scalars ({', '.join(scalars)}); pass a function that returns a "
+                f"dict of the next step's scalars"
+            )
+        totals, more = _parameters(update_scalars) if update_scalars else ([], {})
+        keywords = {**more, **keywords}
+        named = {k: v for k, v in keywords.items() if k not in (*INPUTS, *scalars)}
         options = {k: v for k, v in named.items() if isinstance(v, (bool, str)) or _is_function(v)}
         return Rule(
             step=step,
             moments=moments,
+            scalars=scalars,
+            update_scalars=update_scalars,
+            totals=tuple(name for name in totals if name not in scalars),
             inputs=tuple(k for k in keywords if k in INPUTS),
             hyperparams={k: v for k, v in named.items() if k not in options},
             options=options,
         )
 
     return declare
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of positional arguments, and the defaults of keyword-only ones."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    return positional, {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _arguments(function: Callable[..., Any] | None) -> tuple[str, ...]:

@@ -351,19 +351,26 @@ def parameter(
 
 
 def returned(rule: Rule, out: PyTree) -> None:
-    """Check that a rule returned a tuple: its direction, then its moments."""
-    wanted = ("direction", *rule.moments)
+    """Check that a rule returned a tuple: its direction, its moments, and a dict of its totals."""
+    totals = ("{" + ", ".join(rule.totals) + "}",) if rule.totals else ()
+    wanted = ("direction", *rule.moments, *totals)
     if not isinstance(out, tuple) or len(out) != len(wanted):
         got = "one array" if hasattr(out, "dtype") else f"a {type(out).__name__}"
         got = f"{len(out)} values" if isinstance(out, tuple) else got
         raise ValueError(
             f"rule {rule.name}: must return the tuple ({', '.join(wanted)}), got {got}"
         )
+    if rule.totals and not (isinstance(out[-1], dict) and out[-1].keys() == set(rule.totals)):
+        raise ValueError(
+            f"rule {rule.name}: the last value must be a dict of arrays with the keys "
+            f"{', '.join(rule.totals)}, got {out[-1]!r}"
+        )
 
 
 def outputs(rule: Rule, u: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]) -> None:
-    """Check that a rule preserved the shape and dtype of its direction and moments."""
-    named = zip(("direction", *rule.moments), (u, *old), new, strict=True)
+    """Check the shapes and dtypes of a rule's direction, moments, and arrays to sum."""
+    named = list(zip(("direction", *rule.moments), (u, *old), new, strict=False))
+    named += [(name, jnp.real(u), new[-1][name]) for name in rule.totals]
     for name, before, after in named:
         want = f"shape {before.shape} and dtype {before.dtype}"
         if not hasattr(after, "dtype") or not hasattr(after, "shape"):

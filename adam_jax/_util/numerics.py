@@ -143,6 +143,11 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return (x.conj() * x).real if jnp.iscomplexobj(x) else x * x
 
 
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the real part of conj(x)·y, the terms of an inner product."""
+    return (x.conj() * y).real if jnp.iscomplexobj(x) else x * y
+
+
 @jax.custom_jvp
 def sqrt(x: jax.Array) -> jax.Array:
     """Return √x, with derivative 0 at 0, so that gradients through an update stay finite."""

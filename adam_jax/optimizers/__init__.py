@@ -14,6 +14,7 @@ from adam_jax.optimizers.lamb import lamb
 from adam_jax.optimizers.laprop import laprop, scale_by_laprop
 from adam_jax.optimizers.lion import lion, scale_by_lion
 from adam_jax.optimizers.nadam import nadam, nadamw, scale_by_nadam
+from adam_jax.optimizers.prodigy import prodigy
 from adam_jax.optimizers.radam import radam, scale_by_radam
 from adam_jax.optimizers.rmsprop import rmsprop, scale_by_rms, scale_by_stddev
 from adam_jax.optimizers.schedule_free_adamw import schedule_free_adamw, schedule_free_eval_params
@@ -42,6 +43,7 @@ __all__ = [
     "lion",
     "nadam",
     "nadamw",
+    "prodigy",
     "radam",
     "rmsprop",
     "scale_by_adam",

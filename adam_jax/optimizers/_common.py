@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import optax
 
 from adam_jax import rules
-from adam_jax._engine.chain import Chain, Link, link
+from adam_jax._engine.chain import Chain, Computed, Link, is_schedule, link
 from adam_jax._engine.state import WeightDecaySchedule
 from adam_jax._util import errors
 from adam_jax._util.typing import Mask, ScalarOrSchedule
@@ -24,7 +24,7 @@ DECAYS = {
 
 def descend(
     direction: Link,
-    learning_rate: ScalarOrSchedule | None,
+    learning_rate: ScalarOrSchedule | Computed | None,
     *,
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask = None,
@@ -64,19 +64,22 @@ def descend(
 
 
 def _decay(
-    weight_decay: ScalarOrSchedule, learning_rate: ScalarOrSchedule | None, mask: Mask, form: str
+    weight_decay: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | Computed | None,
+    mask: Mask,
+    form: str,
 ) -> Link:
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         return link(rules.identity, {}, mask=mask)  # requires no parameters
-    given: dict[str, ScalarOrSchedule | None] = {"weight_decay": weight_decay}
+    given: dict[str, ScalarOrSchedule | Computed | None] = {"weight_decay": weight_decay}
     if form == "proximal":
         given["learning_rate"] = learning_rate
-    state = WeightDecaySchedule if any(map(callable, given.values())) else None
+    state = WeightDecaySchedule if any(map(is_schedule, given.values())) else None
     return link(DECAYS[form], given, state=state, mask=mask)
 
 
-def _descend(learning_rate: ScalarOrSchedule | None) -> Link:
+def _descend(learning_rate: ScalarOrSchedule | Computed | None) -> Link:
     if learning_rate is None:
         return link(rules.identity, {})
-    state = optax.ScaleByScheduleState if callable(learning_rate) else None
+    state = optax.ScaleByScheduleState if is_schedule(learning_rate) else None
     return link(rules.descend, {"learning_rate": learning_rate}, state=state)

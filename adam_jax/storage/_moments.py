@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
 from adam_jax._util import errors
-from adam_jax._util.declare import Moment
+from adam_jax._util.declare import Moment, Start
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.partition_specs import drop_indivisible
 from adam_jax._util.paths import Key, by_key, is_box, rebox, rebox_reduced, unbox
@@ -263,23 +263,28 @@ def dtypes(operands: PyTree) -> list[np.dtype]:
     return [x.scales.dtype if is_quantized(x) else x.dtype for x in kept]
 
 
-def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: Numeric) -> PyTree:
+def start(
+    storage: Storage, name: str, declared: Moment, params: PyTree, value: Numeric | Start
+) -> PyTree:
     """Return the initial moment, in several trees if any leaf may be quantized or reduced."""
 
     def arrays(path: KeyPath, leaf: PyTree) -> list[jax.Array]:
         kept = format_of(storage, name, declared, path, leaf)
         kinds.add(type(kept) if not isinstance(kept, Reduction) else _kind(kept))
+        start: PyTree = value(leaf) if callable(value) else value
         if isinstance(kept, Reduction):
             dtype = arithmetic_dtype(jnp.result_type(leaf))
-            full = functools.partial(jnp.full, fill_value=value, dtype=dtype)
+            full = functools.partial(jnp.full, fill_value=start, dtype=dtype)
             return [_shard_like(full(shape), leaf) for shape in kept.shapes(leaf.shape)]
         if isinstance(kept, Code):
-            sign = jnp.sign(jnp.asarray(value, jnp.float32))
+            sign = jnp.sign(jnp.asarray(start, jnp.float32))
             code = kept.encode(sign * kept.largest, jnp.float32(0))
-            magnitude = jnp.abs(jnp.asarray(value, jnp.float32))
+            magnitude = jnp.abs(jnp.asarray(start, jnp.float32))
             scales = jnp.full(_blockwise.scales_shape(leaf.shape, kept.block), magnitude)
             return [jnp.full_like(leaf, code, dtype=kept.dtype), _shard_like(scales, leaf)]
-        return [jnp.full_like(leaf, jnp.asarray(value).astype(kept), dtype=kept)]
+        if callable(value):
+            return [jnp.array(start, kept)]  # a copy, which can be donated
+        return [jnp.full_like(leaf, jnp.asarray(start).astype(kept), dtype=kept)]
 
     kinds: set[PyTree] = set()
     boxed, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)

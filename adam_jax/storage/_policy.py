@@ -72,6 +72,14 @@ def choose(storage: Storage, name: str, declared: Moment) -> Storage:
     `storage` names them. "compact" factors an average if its lower bound limits the step.
     """
     explicitly = False
+    if declared.exact:
+        storage = storage.get(name) if isinstance(storage, Mapping) else None
+        if _is_lossy(storage):
+            raise errors.value_error(
+                f"storage must keep {name} exactly, got {describe_storage(storage)}; "
+                f"give it a dtype"
+            )
+        return storage
     if isinstance(storage, Mapping):
         explicitly = name in storage or (declared.signed and "signed" in storage)
         storage = storage.get(name, storage.get("signed" if declared.signed else "positive"))
@@ -122,11 +130,7 @@ def may_round(storage: Storage, moments: Collection[str]) -> bool:
 
 def unquantized(storage: Storage, name: str, because: str) -> Storage:
     """Return `storage` with the default replacing lossy formats of moment `name`."""
-
-    def is_lossy(storage: Storage) -> bool:
-        return is_format(storage) or is_name(storage, COMPACT) or is_reduction(storage)
-
-    if isinstance(storage, Mapping) and is_lossy(storage.get(name)):
+    if isinstance(storage, Mapping) and _is_lossy(storage.get(name)):
         raise errors.value_error(
             f"storage={describe_storage(storage)} must store {name} exactly, {because}; give it a "
             f"dtype"
@@ -136,7 +140,11 @@ def unquantized(storage: Storage, name: str, because: str) -> Storage:
         return lambda path, leaf: unquantized(function(path, leaf), name, because)
     if isinstance(storage, Mapping):
         return {name: None, **storage}
-    return None if is_lossy(storage) else storage
+    return None if _is_lossy(storage) else storage
+
+
+def _is_lossy(storage: Storage) -> bool:
+    return is_format(storage) or is_name(storage, COMPACT) or is_reduction(storage)
 
 
 def describe_storage(storage: Storage) -> str:

@@ -89,8 +89,8 @@ def _clip_step(
 ) -> tuple[PyTree, PyTree]:
     """Run one step of `chain` with `clip` as its first link."""
     links = (clip.link(updates), *chain.links)
-    states = (optax.EmptyState(), *((state,) if chain.bare else state))
-    clipped = dataclasses.replace(chain, links=links, bare=False)
+    states = state if chain.bare else (optax.EmptyState(), *state)
+    clipped = dataclasses.replace(chain, links=links)
     with errors.error_context(chain.name):
         updates, new = clipped.step(updates, states, params, extra, emit_params=emit_params)
-    return updates, new[1] if chain.bare else new[1:]
+    return updates, new if chain.bare else new[1:]

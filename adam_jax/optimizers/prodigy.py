@@ -1,0 +1,77 @@
+"""Prodigy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Unpack
+
+import optax
+
+from adam_jax import rules
+from adam_jax._engine.chain import Chain, Computed, link
+from adam_jax._util import errors
+from adam_jax._util.numerics import decay_rate
+from adam_jax._util.typing import DecayRate, NonNegative, Numeric, ScalarOrSchedule
+from adam_jax.optimizers._common import descend
+from adam_jax.optimizers._constructor import MaskOptions, optimizer
+
+__all__ = ["prodigy"]
+
+
+@optimizer(
+    paper="Mishchenko & Defazio, arXiv:2306.06101",
+    year=2023,
+    formula="d·(m / (√v + d·ε) + λ·p)",
+    purpose="estimates the learning rate d",
+    learning_rate="η = 1",
+)
+def prodigy(
+    learning_rate: ScalarOrSchedule = 1.0,
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999),
+    beta3: DecayRate | None = None,
+    eps: NonNegative = 1e-8,
+    estim_lr0: Numeric = 1e-6,
+    estim_lr_coef: NonNegative = 1.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    safeguard_warmup: bool = False,
+    **options: Unpack[MaskOptions],
+) -> Chain:
+    """Prodigy: AdamW that estimates its learning rate.
+
+    The estimate d is the distance to the solution, from below: it grows from estim_lr0 while steps
+    agree with the way from the initial parameters. It is one number for all leaves that the
+    optimizer acts on. The state has four arrays per parameter; the initial parameters keep
+    their dtype in every storage. After a NaN gradient, d stays NaN, so use
+    `optax.apply_if_finite`.
+    Source: Mishchenko & Defazio (2023), Prodigy: An Expeditiously Adaptive Parameter-Free Learner,
+    Algorithm 4, with Adam's bias correction as in Optax. In Optax, ε is multiplied by the next
+    step's d.
+
+    Args:
+      learning_rate: η ≥ 0, which multiplies d, or a schedule of the step count.
+      betas: the decay rates (b1, b2) of both moments, in [0, 1).
+      beta3: in [0, 1), the decay rate of the sums that estimate d; by default √b2.
+      estim_lr0: > 0, d before the first step, an underestimate.
+      estim_lr_coef: ≥ 0, which multiplies the estimate.
+      safeguard_warmup: whether the estimate's denominator omits η, for a long warmup.
+
+    >>> tx = prodigy(1.0, weight_decay=0.01)
+    """
+    errors.above_zero("estim_lr0", estim_lr0)
+    b1, b2 = betas
+    given = {
+        "learning_rate": learning_rate,
+        "b1": b1,
+        "b2": b2,
+        "b3": decay_rate(b2) ** 0.5 if beta3 is None else beta3,
+        "eps": eps,
+        "estim_lr0": estim_lr0,
+        "estim_lr_coef": estim_lr_coef,
+        "safeguard_warmup": safeguard_warmup,
+    }
+    along = link(
+        rules.prodigy, given, storage=options.get("storage"), state=optax.contrib.ProdigyState
+    )
+    rate = Computed(rules.prodigy_step_size)
+    chain = descend(along, rate, weight_decay=weight_decay, **options)
+    return dataclasses.replace(chain, bare=True)
