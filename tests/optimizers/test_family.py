@@ -119,7 +119,7 @@ def test_ademamix_with_warmup_equals_its_reference():
 @every_optimizer
 def test_every_optimizer_minimizes_the_rosenbrock_function(name):
     rates = {"amsgrad": 0.5, "lion": 1e-2, "lamb": 1e-2, "radam": 2e-3, "yogi": 0.1}
-    rates |= {"sgd": 1e-3, "simplified_ademamix": 5e-5, "adopt": 0.5}
+    rates |= {"sgd": 1e-3, "simplified_ademamix": 5e-5, "adopt": 0.5, "prodigy": 1.0}
     rate = optax.cosine_decay_schedule(rates.get(name, 2e-2), 10_000)
     tx = FINISHED[name](rate, weight_decay=0.0, **({"momentum": 0.9} if name == "sgd" else {}))
 
@@ -148,6 +148,7 @@ def test_every_optimizer_trains_a_small_network(name):
         "w2": jnp.asarray(rng.normal(size=(32,)) / np.sqrt(32), jnp.float32),
     }
     rates = {"sgd": 0.05, "lion": 1e-3, "lamb": 2e-2, "simplified_ademamix": 1e-4, "yogi": 2e-2}
+    rates["prodigy"] = 1.0
     tx = FINISHED[name](rates.get(name, 1e-2))
 
     def loss(p):
