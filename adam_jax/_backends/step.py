@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from adam_jax._util.typing import PyTree
-from adam_jax.storage._moments import BlockAbsmax, Stored, is_lossy, is_quantized, is_reduced
+from adam_jax.storage._moments import BlockAbsmax, Stored, is_quantized, is_reduced, is_stored_apart
 from adam_jax.storage._random_bits import Position, positions
 
 Means: TypeAlias = Sequence[jax.Array]
@@ -147,7 +147,7 @@ def extents(tree: PyTree, shape: Sequence[int]) -> list[Extent]:
             return [Extent(1, _reduced_axes(array.shape, shape)) for array in x]
         return [Extent()]
 
-    return [extent for x in jax.tree.leaves(tree, is_leaf=is_lossy) for extent in of(x)]
+    return [extent for x in jax.tree.leaves(tree, is_leaf=is_stored_apart) for extent in of(x)]
 
 
 def _reduced_axes(shape: Sequence[int], leaf_shape: Sequence[int]) -> tuple[int, ...]:

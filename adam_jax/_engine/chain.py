@@ -47,7 +47,7 @@ from adam_jax._util.typing import KeyPath, Mask, PyTree, ScalarOrSchedule
 from adam_jax.storage import MIN_SIZE, Storage, _moments, _policy
 from adam_jax.storage._blockwise import QuantizedLeaf
 from adam_jax.storage._moments import Stored
-from adam_jax.storage._reduced import MeanLeaf
+from adam_jax.storage._reduced import TotalLeaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +349,7 @@ class Chain:
         totals = [len(stage[0].totals) if stage else 0 for stage in stages]
         if any(totals):
             zero = jnp.zeros((1,) * np.ndim(u), _real_dtype((u, p, stored)))
-            used.append((MeanLeaf(zero),) * sum(totals))
+            used.append((TotalLeaf(zero),) * sum(totals))
         sharding = known_shardings.get().get(key)
         execute_leaf = BACKENDS[self.implementation]
         settings = Settings(stages, layout, execute_leaf, emit_params, by_addition, sharding)
@@ -359,8 +359,8 @@ class Chain:
         moments = [
             next(news) if stage else moments for moments, stage in zip(stored, stages, strict=True)
         ]
-        means = iter(next(news, ()))
-        sums = [[jnp.sum(next(means).values) * np.size(u) for _ in range(n)] for n in totals]
+        terms = iter(next(news, ()))
+        sums = [[jnp.sum(next(terms).values) for _ in range(n)] for n in totals]
         return SteppedLeaf(output, moments, sums)
 
 
@@ -373,8 +373,8 @@ def _next_scalars(
         return {}
     dtype = _dtype_of_scalars(link, state)
     totals = [jnp.zeros([], dtype)] * len(rule.totals)
-    for leaf in sums:
-        totals = [total + x.astype(dtype) for total, x in zip(totals, leaf, strict=False)]
+    for leaf in filter(None, sums):
+        totals = [total + x.astype(dtype) for total, x in zip(totals, leaf, strict=True)]
     named = dict(zip(rule.totals, parts.total(totals), strict=True))
     new = rule.next_scalars({**step.cast(dtype), **named})
     return {name: jnp.asarray(new[name], getattr(state, name).dtype) for name in rule.scalars}

@@ -66,7 +66,7 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
     """Step a leaf; the trace depends only on `settings`, shapes, and dtypes.
 
     `operands.moments` has only the moments of rules that act on the leaf. If the rules have totals,
-    it ends with a tuple of zeros like their means over the leaf.
+    it ends with a tuple of zeros like their sums over the leaf.
     """
     stages, layout, execute_leaf, emit_params, by_addition, sharding = settings
     size = np.size(operands.update)

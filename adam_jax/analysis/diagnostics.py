@@ -13,7 +13,7 @@ import optax
 
 from adam_jax import rules
 from adam_jax._engine import parts
-from adam_jax._engine.chain import evaluate
+from adam_jax._engine.hyperparams import Computed, evaluate
 from adam_jax._engine.state import moment_fields, named_tuples, stored_moments
 from adam_jax._engine.transformation import (
     Transformation,
@@ -85,7 +85,8 @@ def record(
     It doesn't change the updates.
 
     It reads the learning rate, b1, and b2 from adam_jax transformations, and from states that
-    contain them (`tunable`, `optax.inject_hyperparams`). For other optimizers, it records no
+    contain them (`tunable`, `optax.inject_hyperparams`). For `prodigy`, the learning rate is the one
+    that multiplies its estimate. For other optimizers, it records no
     learning rate and omits bias correction. All updates of a step are in memory at once, which
     isn't necessary otherwise. (`python -m benchmarks.diagnostics` measures the cost.)
 
@@ -254,6 +255,7 @@ def _settings(tx: optax.GradientTransformation, state: PyTree, count: jax.Array)
     found: Settings = {}
     for label, values in carriers:
         known = {k: values[k] for k in ("learning_rate", "b1", "b2") if k in values}
+        known = {k: v for k, v in known.items() if not isinstance(v, Computed)}
         found.setdefault(label, {}).update(evaluate(known, count))
     return found
 

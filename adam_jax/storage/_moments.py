@@ -29,7 +29,15 @@ from adam_jax.storage._policy import (
     is_function,
     is_reduction,
 )
-from adam_jax.storage._reduced import Factored, FactoredLeaf, Mean, MeanLeaf, ReducedLeaf, Reduction
+from adam_jax.storage._reduced import (
+    Factored,
+    FactoredLeaf,
+    Mean,
+    MeanLeaf,
+    ReducedLeaf,
+    Reduction,
+    TotalLeaf,
+)
 
 Stored: TypeAlias = jax.Array | QuantizedLeaf | ReducedLeaf
 """One leaf of a moment, as stored in the state."""
@@ -223,8 +231,13 @@ def is_quantized(stored: Stored) -> TypeGuard[QuantizedLeaf]:
 
 
 def is_reduced(stored: Stored) -> TypeGuard[ReducedLeaf]:
-    """Whether one leaf of a moment is stored as means."""
-    return isinstance(stored, (FactoredLeaf, MeanLeaf))
+    """Whether one leaf of a moment is stored as means, or is a total."""
+    return isinstance(stored, (FactoredLeaf, MeanLeaf, TotalLeaf))
+
+
+def is_stored_apart(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
+    """Whether one leaf of a moment is a tuple of arrays, whose shapes may differ from the leaf's."""
+    return is_quantized(stored) or is_reduced(stored)
 
 
 def is_lossy(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
@@ -249,7 +262,7 @@ def map_reduced(f: Callable[..., Stored], moments: PyTree, *rest: PyTree) -> PyT
     def apply(x: Stored, *others: Stored) -> Stored:
         return f(x, *others) if is_reduced(x) else x
 
-    return jax.tree.map(apply, moments, *rest, is_leaf=is_lossy)
+    return jax.tree.map(apply, moments, *rest, is_leaf=is_stored_apart)
 
 
 def needs_random_bits(stored: PyTree) -> bool:
@@ -328,6 +341,8 @@ def _kind(reduction: Reduction) -> type:
 
 def _class_of(storage: Storage, name: str, declared: Moment, kinds: set[PyTree]) -> PyTree:
     """Return the class of a moment, or None for one tree; a function's results decide."""
+    if declared.exact:
+        return None
     if is_function(storage):
         if Mean in kinds and kinds & {Factored, Code}:
             raise errors.value_error(

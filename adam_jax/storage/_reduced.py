@@ -54,7 +54,13 @@ class MeanLeaf(NamedTuple):
     values: jax.Array
 
 
-ReducedLeaf = FactoredLeaf | MeanLeaf
+class TotalLeaf(NamedTuple):
+    """The sum of an array over a whole leaf, which is in no state; every axis has size 1."""
+
+    values: jax.Array
+
+
+ReducedLeaf = FactoredLeaf | MeanLeaf | TotalLeaf
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -130,7 +136,7 @@ def is_factored(rows: jax.Array, columns: jax.Array) -> bool:
 
 def normalize(stored: ReducedLeaf) -> ReducedLeaf:
     """Divide row means by their mean, so that the leaf is their product with the column means."""
-    if isinstance(stored, MeanLeaf):
+    if not isinstance(stored, FactoredLeaf):
         return stored
     return stored._replace(rows=divide_by_mean(stored.rows, -2))
 
@@ -143,7 +149,7 @@ def divide_by_mean(x: jax.Array, axis: int) -> jax.Array:
 
 def decode(normalized: ReducedLeaf, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return a normalized leaf, with 1 for axes that both of its arrays lack."""
-    if isinstance(normalized, MeanLeaf):
+    if not isinstance(normalized, FactoredLeaf):
         return normalized.values.astype(dtype)
     return normalized.rows.astype(dtype) * normalized.columns.astype(dtype)
 
@@ -167,5 +173,7 @@ def sum_to(x: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 def means(totals: ReducedLeaf, shape: Sequence[int]) -> ReducedLeaf:
     """Divide sums over parts of a leaf of this shape by the number of elements in each."""
+    if isinstance(totals, TotalLeaf):
+        return totals
     size = math.prod(shape)
     return type(totals)(*(x / (size // x.size) for x in totals))
