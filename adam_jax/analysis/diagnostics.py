@@ -85,10 +85,10 @@ def record(
     It doesn't change the updates.
 
     It reads the learning rate, b1, and b2 from adam_jax transformations, and from states that
-    contain them (`tunable`, `optax.inject_hyperparams`). For `prodigy`, the learning rate is the one
-    that multiplies its estimate. For other optimizers, it records no
-    learning rate and omits bias correction. All updates of a step are in memory at once, which
-    isn't necessary otherwise. (`python -m benchmarks.diagnostics` measures the cost.)
+    contain them (`tunable`, `optax.inject_hyperparams`). For `prodigy`, it records the learning
+    rate that multiplies the estimate. For other optimizers, it records no learning rate and omits
+    bias correction. All updates of a step are in memory at once, which isn't necessary otherwise.
+    (`python -m benchmarks.diagnostics` measures the cost.)
 
     Args:
       tx: any whole optimizer with its clipping. Put `record` around it, and inside `zero1`,

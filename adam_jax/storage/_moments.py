@@ -236,7 +236,7 @@ def is_reduced(stored: Stored) -> TypeGuard[ReducedLeaf]:
 
 
 def is_stored_apart(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
-    """Whether one leaf of a moment is a tuple of arrays, whose shapes may differ from the leaf's."""
+    """Whether one leaf of a moment is a tuple of arrays, not one array of the leaf's shape."""
     return is_quantized(stored) or is_reduced(stored)
 
 

@@ -115,6 +115,9 @@ FAILED_ONCE = {
         container="linen boxes",
         mesh="auto",
     ),
+    "sums over a tree with None, and a learning rate that the state computes": Composition(
+        "prodigy", wrappers=("record",), container="list"
+    ),
     "what master_weights keeps for float32 parameters, in Linen's boxes": Composition(
         "adamw",
         wrappers=("master_weights(32)",),
