@@ -71,15 +71,28 @@ every_rule = pytest.mark.parametrize("name", RULES)
 TYPICAL = ("adam", "amsgrad", "stable_adamw", "trace")
 """Rules for tests of the engine: a plain one, with a maximum, with a mean, without a step count."""
 
-typical_rules = pytest.mark.parametrize("name", TYPICAL)
+BY_DEFAULT = ("adam", "stable_adamw")
+"""Typical rules for which these tests run by default; for the other rules they are slow."""
+
+
+def slow_unless_by_default(name, *values, **details):
+    marks = () if name in BY_DEFAULT else pytest.mark.slow
+    return pytest.param(name, *values, marks=marks, **details)
 
 
 def other_rules_slowly(names):
-    """Return the parameters of a test of the engine: by default it runs for the typical rules."""
-    slow = pytest.mark.slow
-    return pytest.mark.parametrize(
-        "name", [name if name in TYPICAL else pytest.param(name, marks=slow) for name in names]
-    )
+    """Parametrize a test of the engine by the rules."""
+    return pytest.mark.parametrize("name", [slow_unless_by_default(name) for name in names])
+
+
+def every_rule_with(argument, value, thorough):
+    """Parametrize a test by every rule and a value, and as a test of the engine by another one."""
+    cases = [pytest.param(name, value, id=name) for name in RULES]
+    cases += [slow_unless_by_default(name, thorough, id=f"{name}-thorough") for name in RULES]
+    return pytest.mark.parametrize(f"name, {argument}", cases)
+
+
+typical_rules = other_rules_slowly(TYPICAL)
 
 
 def defaults(name):
@@ -158,10 +171,15 @@ def tree(seed=0, dtype=np.float32, shapes=SHAPES, scale=1.0):
     """Draw normal arrays of these shapes."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda shape: jnp.asarray(scale * rng.normal(size=shape)).astype(dtype),
+        lambda shape: jnp.asarray(np.asarray(scale * rng.normal(size=shape), dtype)),
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
+
+
+def normal(shape, seed=0, dtype=np.float32, scale=1.0):
+    """Draw a normal array; `jax.random` would compile a program for each shape."""
+    return tree(seed, dtype, shape, scale)
 
 
 def shaped(tree):
@@ -171,8 +189,8 @@ def shaped(tree):
     )
 
 
-def gpt2_small():
-    """Return the shapes of its 148 leaves."""
+def gpt2_small(layers=12):
+    """Return the shapes of its leaves: 4 + 12 for each layer."""
     layer = {
         "ln_1": {"scale": (768,), "bias": (768,)},
         "attn": {"kernel": (768, 2304), "bias": (2304,), "out": (768, 768), "out_bias": (768,)},
@@ -180,7 +198,7 @@ def gpt2_small():
         "mlp": {"fc": (768, 3072), "fc_bias": (3072,), "proj": (3072, 768), "proj_bias": (768,)},
     }
     tree = {"wte": (50257, 768), "wpe": (1024, 768), "ln_f": {"scale": (768,), "bias": (768,)}}
-    return shaped(tree | {f"h{i}": layer for i in range(12)})
+    return shaped(tree | {f"h{i}": layer for i in range(layers)})
 
 
 def nbytes(tree):
@@ -235,9 +253,17 @@ def masters(tx):
 
 # Devices
 
-every_mode = pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
-)
+
+def modes(slow=None):
+    """Parametrize a test by the modes of a mesh, of which others may test one by default."""
+    names = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+    marks = {slow: pytest.mark.slow}
+    return pytest.mark.parametrize(
+        "axis_type", [pytest.param(m, id=k, marks=marks.get(k, ())) for k, m in names.items()]
+    )
+
+
+every_mode, auto_slowly, explicit_slowly = modes(), modes(slow="auto"), modes(slow="explicit")
 
 SENT = re.compile(r"= (.*) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+)\(")
 

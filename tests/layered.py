@@ -11,7 +11,7 @@ WIDTH, HEADS, VOCABULARY, LENGTH = 16, 2, 11, 8
 
 
 def normal(rng, shape, dtype, scale=1.0):
-    return jnp.asarray(scale * rng.normal(size=shape) / np.sqrt(shape[-2])).astype(dtype)
+    return jnp.asarray(np.asarray(scale * rng.normal(size=shape) / np.sqrt(shape[-2]), dtype))
 
 
 def transformer(layers=6, width=WIDTH, dtype=jnp.float32, seed=0):

@@ -85,10 +85,10 @@ def test_compare_equals_a_plain_training_loop(name, make):
 @pytest.mark.parametrize(
     "make",
     [
-        optax.adamw,
+        pytest.param(optax.adamw, marks=pytest.mark.slow),
         adam_jax.schedule_free_adamw,
-        functools.partial(adam_jax.adamw, storage="bfloat16"),
-        functools.partial(adam_jax.ademamix, warmup_steps=20),
+        pytest.param(functools.partial(adam_jax.adamw, storage="bfloat16"), marks=pytest.mark.slow),
+        pytest.param(functools.partial(adam_jax.ademamix, warmup_steps=20), marks=pytest.mark.slow),
         lambda lr: optax.chain(optax.clip_by_global_norm(1.0), adam_jax.lion(lr)),
         lambda lr: adam_jax.adamw(lambda step: lr * optax.linear_schedule(1.0, 0.0, STEPS)(step)),
         lambda lr: optax.chain(optax.polyak_sgd(), optax.scale(lr)),  # takes the loss
@@ -169,8 +169,8 @@ def test_divergence_is_found_in_a_real_run():
     "result",
     [
         made([[0.5, 0.7], [0.2, 0.4], [3.0, np.nan]]),
-        made([[0.5], [0.2], [1e20]]),
-        made([[-0.5, 1.0], [-3.0, -2.0], [1.0, 1.0]]),
+        pytest.param(made([[0.5], [0.2], [1e20]]), marks=pytest.mark.slow),
+        pytest.param(made([[-0.5, 1.0], [-3.0, -2.0], [1.0, 1.0]]), marks=pytest.mark.slow),
         made([[0.0]], rates=(1.0,)),
     ],
     ids=["diverged", "one seed", "negative", "one rate"],

@@ -24,6 +24,7 @@ from helpers import (
     defaults,
     largest_sent,
     needs_triton,
+    normal,
     other_rules_slowly,
     typical_rules,
 )
@@ -66,7 +67,7 @@ def make(name, implementation):
 def leaves(shape=(5, 300)):
     """Return a leaf for each format, whose rows and columns don't fill the tiles."""
     shapes = dict.fromkeys(FORMATS, shape) | {"compact": (24, *shape[1:])}  # worth factoring
-    return {f: jax.random.normal(jax.random.key(k), shapes[f]) for k, f in enumerate(FORMATS)}
+    return {f: normal(shapes[f], seed=k) for k, f in enumerate(FORMATS)}
 
 
 def trajectory(tx, params, update=None, steps=3):
@@ -159,7 +160,7 @@ def interpreted(request, monkeypatch):
 @pytest.mark.parametrize("name, shapes", [("adabelief", SHAPES), ("stable_adamw", SHAPES[3:5])])
 def test_a_kernel_equals_xla_for_every_shape(name, shapes):
     """Elements outside of the leaf must not count; AdaBelief's moment of them is not 0."""
-    params = {"int8": [jax.random.normal(jax.random.key(0), shape) for shape in shapes]}
+    params = {"int8": [normal(shape) for shape in shapes]}
     ours, expected = (trajectory(make(name, i), params, steps=2) for i in ("pallas", "xla"))
     assert_same(ours, expected)
 
@@ -193,7 +194,10 @@ NARROW = {
 
 @pytest.mark.parametrize(
     "wrapper",
-    [pytest.param("plain", marks=pytest.mark.slow), "master_weights", "stochastic_rounding"],
+    [
+        pytest.param(name, marks=() if name == "master_weights" else pytest.mark.slow)
+        for name in NARROW
+    ],
 )
 def test_apply_steps_the_parameters_in_one_kernel(wrapper):
     """The kernel of `apply` writes over the parameter and its residual."""
@@ -221,7 +225,7 @@ def test_apply_steps_the_parameters_in_one_kernel(wrapper):
 
 
 def test_a_kernel_under_vmap_equals_xla():
-    members = jax.random.normal(jax.random.key(0), (2, 5, 300))
+    members = normal((2, 5, 300))
     rates = jnp.array([1e-3, 2e-3])
 
     def run(transform, implementation, rates, p):
@@ -250,8 +254,9 @@ def test_a_kernel_under_vmap_lowers(platform):
     assert CALL[platform] in lowered(platform, jax.vmap(tx.update), p, jax.vmap(tx.init)(p), p)
 
 
+@pytest.mark.slow
 def test_a_kernel_under_scan_equals_xla():
-    layers = jax.random.normal(jax.random.key(0), (3, 5, 300))
+    layers = normal((3, 5, 300))
 
     def scanned(implementation):
         tx = adam_jax.adamw(1e-3, storage=lambda *_: "int8", implementation=implementation)
@@ -281,6 +286,7 @@ def test_a_kernel_takes_donated_gradients_and_state():
     chex.assert_trees_all_equal(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_a_kernel_takes_schedules_and_injected_hyperparams():
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 5)
@@ -319,7 +325,7 @@ def test_a_gradient_through_a_kernel_is_an_error():
 )
 def test_kernels_step_a_sharded_leaf_shard_by_shard(shape, spec, kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
-    whole = jax.random.normal(jax.random.key(0), shape)
+    whole = normal(shape)
     make = functools.partial(adam_jax.stable_adamw, 1e-3, storage="int8")
     expected = trajectory(make(implementation="xla"), whole, steps=1)
     tx = make(implementation="pallas")

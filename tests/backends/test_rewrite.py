@@ -13,6 +13,7 @@ from jax.interpreters import partial_eval as pe
 from adam_jax._backends import rewrite, stages
 from adam_jax.storage._blockwise import block_absmax, per_element
 from adam_jax.storage._random_bits import positions, random_bits, second_bits
+from helpers import normal
 
 
 def rewritten(function, *operands):
@@ -39,7 +40,7 @@ def clip(x, y):
     ],
 )
 def test_a_rewritten_computation_gives_the_same_numbers(function, gone, used):
-    x, y = 3 * jax.random.normal(jax.random.key(0), (2, 8, 256))
+    x, y = 3 * normal((2, 8, 256))
     jaxpr = rewritten(function, x, y)
     live = jax.jit(jax.extend.core.jaxpr_as_fun(jaxpr))
     np.testing.assert_allclose(live(x, y)[0], function(x, y), rtol=3e-7)

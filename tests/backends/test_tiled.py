@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import adam_jax
-from helpers import MB, largest_sent, optimizer
+from helpers import MB, TYPICAL, largest_sent, normal, optimizer, other_rules_slowly
 
 # whole tiles; some rows left over; rows that cut blocks; one axis; three axes
 SHAPES = [(320, 1024), (301, 1024), (500, 700), (2**18 + 256,), (6, 60, 1024)]
@@ -31,20 +31,21 @@ def temporaries(tx, shape, donate=(0, 1)):
 @pytest.mark.parametrize(
     "shape, donate",
     [
-        ((65536, 1024), ()),
-        *((shape, (0, 1)) for shape in ((65536, 1024), (2**26,), (2**26 + 3,), (1335, 50257))),
+        pytest.param((65536, 1024), (), marks=pytest.mark.slow),
+        *((shape, (0, 1)) for shape in ((65536, 1024), (2**26 + 3,), (1335, 50257))),
+        pytest.param((2**26,), (0, 1), marks=pytest.mark.slow),
     ],
 )
 def test_temporaries_do_not_grow_with_the_leaf(shape, donate):
     assert temporaries(adam_jax.adamw(1e-3, storage="int8"), shape, donate) <= 8 * MB
 
 
-@pytest.mark.parametrize("name", ["amsgrad", "stable_adamw", "trace"])
+@other_rules_slowly(TYPICAL[1:])
 def test_int8_state_is_streamed_in_place(name):
     assert temporaries(optimizer(name, storage="int8"), (16384, 1024)) <= 8 * MB
 
 
-@pytest.mark.parametrize("moment", ["m", "n"])
+@pytest.mark.parametrize("moment", [pytest.param("m", marks=pytest.mark.slow), "n"])
 def test_int8_and_float32_moments_are_streamed_side_by_side(moment):
     tx = adam_jax.adan(1e-3, storage={moment: "int8"})
     assert temporaries(tx, (16384, 1024)) <= 8 * MB
@@ -91,7 +92,7 @@ def trajectory(tx, params, transform=jax.jit, steps=3):
     ],
 )
 def test_a_streamed_step_equals_a_step_in_one_piece_bit_for_bit(name, shape):
-    params = jax.random.normal(jax.random.key(0), shape)
+    params = normal(shape)
     make = getattr(adam_jax, name)
     stream, xla, again = (
         trajectory(make(1e-3, storage="int8", implementation=i), params)
@@ -106,7 +107,7 @@ def test_a_streamed_step_equals_a_step_in_one_piece_bit_for_bit(name, shape):
 
 
 def test_float32_state_can_be_streamed():
-    params = jax.random.normal(jax.random.key(0), (301, 1024))
+    params = normal((301, 1024))
     stream, xla = (
         trajectory(adam_jax.adamw(1e-3, implementation=i), params) for i in ("stream", "xla")
     )
@@ -115,7 +116,7 @@ def test_float32_state_can_be_streamed():
 
 def test_streamed_mars_clips_by_the_norm_of_the_whole_leaf():
     """A rule may get only a tile of the leaf, whose norm is smaller."""
-    params = jax.random.normal(jax.random.key(0), (301, 1024))
+    params = normal((301, 1024))
     stream, xla = (
         trajectory(adam_jax.mars(adam_jax.scale_by_adam(), implementation=i), params)[1]
         for i in ("stream", "xla")
@@ -124,7 +125,7 @@ def test_streamed_mars_clips_by_the_norm_of_the_whole_leaf():
 
 
 def test_streaming_under_vmap_equals_single_runs():
-    members = jax.random.normal(jax.random.key(0), (2, 301, 1024))
+    members = normal((2, 301, 1024))
     rates = jnp.array([1e-3, 2e-3])
 
     def update(rate, g, state, p):
@@ -146,7 +147,7 @@ def test_streaming_under_vmap_equals_single_runs():
 
 @pytest.mark.slow
 def test_streaming_under_scan_equals_vmap():
-    layers = jax.random.normal(jax.random.key(0), (3, 160, 1024))
+    layers = normal((3, 160, 1024))
     tx = adam_jax.adamw(1e-3, storage="int8")
     state = jax.vmap(tx.init)(layers)
     scanned = jax.jit(
@@ -173,7 +174,7 @@ def test_streaming_under_scan_equals_vmap():
 )
 def test_a_sharded_leaf_is_streamed_shard_by_shard(shape, spec, kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
-    whole = jax.random.normal(jax.random.key(0), shape)
+    whole = normal(shape)
     tx = adam_jax.adamw(1e-3, storage="int8")
     expected = trajectory(tx, whole)
     with jax.set_mesh(mesh):
@@ -190,7 +191,7 @@ def test_a_sharded_leaf_is_streamed_shard_by_shard(shape, spec, kind):
 @pytest.mark.eight_devices
 def test_the_mean_of_a_sharded_leaf_is_over_the_whole_leaf():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    whole = jax.random.normal(jax.random.key(0), (256, 1024))
+    whole = normal((256, 1024))
     tx = adam_jax.stable_adamw(1e-3, storage="int8")
     p = jax.device_put(whole, NamedSharding(mesh, P("data")))
     chex.assert_trees_all_close(
@@ -218,7 +219,7 @@ def test_nnx_trains_if_the_devices_do_not_divide_the_scales(jitted):
 
     with jax.set_mesh(mesh):
         model, optimizer = (nnx.jit(create) if jitted else create)()
-        x = jax.random.normal(jax.random.key(1), (4, 64))
+        x = normal((4, 64), seed=1)
         losses = [float(step(model, optimizer, x)) for _ in range(5)]
     assert losses[-1] < losses[0]
     moments = adam_jax.moments(optimizer.opt_state)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import adam_jax
-from helpers import QUICKLY, optimizer, step_of
+from helpers import QUICKLY, normal, optimizer, step_of
 
 SHAPE = (509, 1031)
 LIKE_ADAM = ["adam", "ademamix", "lion"]
@@ -25,7 +25,10 @@ WAYS = [applied, step_of]  # by update and optax.apply_updates
 
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    "dtypes",
+    [pytest.param(("float32", "float32"), marks=pytest.mark.slow), ("float32", "bfloat16")],
+)
 @pytest.mark.parametrize("name", LIKE_ADAM)
 def test_bfloat16_state_is_written_in_place(name, dtypes, way):
     tx = optimizer(name, storage="bfloat16")
@@ -64,8 +67,7 @@ def test_a_program_for_tpu_computes_what_others_compute(storage):
     """It reads leaves as a TPU's memory has them, if their rows and columns fill its tiles."""
     shapes = {"tiles": (32, 384), "many axes": (2, 3, 16, 256), "rows": (36, 256), "row": (64, 100)}
     params, grads = (
-        {name: jax.random.normal(jax.random.key(k), shape) for name, shape in shapes.items()}
-        for k in range(2)
+        {name: normal(shape, seed=k) for name, shape in shapes.items()} for k in range(2)
     )
     tx = adam_jax.adamw(1e-3, storage=storage, implementation="xla")
     state = tx.init(params)

@@ -16,7 +16,7 @@ import pytest
 
 import adam_jax
 from adam_jax import positive, rule, signed
-from helpers import RULES, TYPICAL, optimizer, tree
+from helpers import RULES, TYPICAL, optimizer, slow_unless_by_default, tree
 
 STEPS = 5
 
@@ -45,7 +45,7 @@ def run(step, params, state, seeds):
     for seed in seeds:
         rng = np.random.default_rng(seed)
         grads = jax.tree.map(
-            lambda p, rng=rng: jnp.asarray(rng.normal(size=p.shape)).astype(p.dtype), params
+            lambda p, rng=rng: jnp.asarray(np.asarray(rng.normal(size=p.shape), p.dtype)), params
         )
         params, state = step(params, state, grads)
     return params, state
@@ -111,7 +111,9 @@ def test_init_makes_the_state_of_optax(call, dtype):
 
 @pytest.mark.standard_promotion  # Optax needs it
 @pytest.mark.parametrize("direction", ["from Optax", "to Optax"])
-@pytest.mark.parametrize("call", [CALLS[2], CALLS[4]], ids=spelled)
+@pytest.mark.parametrize(
+    "call", [pytest.param(CALLS[2], marks=pytest.mark.slow), CALLS[4]], ids=spelled
+)
 def test_a_checkpoint_moves_between_optax_and_adam_jax(tmp_path, call, direction):
     """A run that changes libraries halfway equals the run that doesn't."""
     name, args, kwargs = call
@@ -149,7 +151,9 @@ def every_kind(name):
     return tx, {"wide": tree(0, shapes=wide), "narrow": tree(1, jnp.bfloat16, narrow)}
 
 
-typical_rules = pytest.mark.parametrize("name", ["unusual", *TYPICAL])
+typical_rules = pytest.mark.parametrize(
+    "name", ["unusual", *(slow_unless_by_default(name) for name in TYPICAL)]
+)
 
 
 @typical_rules
@@ -171,7 +175,8 @@ def test_a_state_survives_pickle_and_copy(name):
     tx, params = every_kind(name)
     rng = np.random.default_rng(0)
     state = jax.tree.map(
-        lambda x: jnp.asarray(rng.uniform(1, 9, size=x.shape)).astype(x.dtype), tx.init(params)
+        lambda x: jnp.asarray(np.asarray(rng.uniform(1, 9, size=x.shape), x.dtype)),
+        tx.init(params),
     )
     for copied in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state), copy.copy(state)):
         assert_same(copied, state)

@@ -60,7 +60,11 @@ def compiled(make, donate=()):
     "name, donate",
     [
         ("adamw", ()),
-        *((n, (0, 1)) for n in ("adam", "adamw", "nadam", "amsgrad", "adamax", "radam", "sgd")),
+        *((n, (0, 1)) for n in ("adamw", "amsgrad", "radam")),
+        *(
+            pytest.param(n, (0, 1), marks=pytest.mark.slow)
+            for n in ("adam", "nadam", "adamax", "sgd")
+        ),
     ],
 )
 def test_a_float32_step_needs_no_more_temporaries_than_optax(name, donate):
@@ -93,7 +97,11 @@ def test_the_whole_state_is_donated():
     assert analysis.alias_size_in_bytes == params_and_state
 
 
-@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager init", "jitted init"])
+@pytest.mark.parametrize(
+    "jit",
+    [pytest.param(lambda f: f, marks=pytest.mark.slow), jax.jit],
+    ids=["eager init", "jitted init"],
+)
 def test_state_and_parameters_can_be_donated(jit):
     tx, params, grads = optimizer("amsgrad", weight_decay=0.1), tree(0), tree(1)
     params, grads = ({"float32": x, "bfloat16": narrow(x)} for x in (params, grads))

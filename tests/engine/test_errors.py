@@ -415,7 +415,7 @@ def test_a_wrong_storage_mask_or_choice_is_an_error(act, error, parts):
     ],
 )
 def test_arguments_that_agree_are_no_error(make):
-    step(make())
+    jax.eval_shape(lambda: step(make()))
 
 
 # Gradients, parameters and state
@@ -1206,7 +1206,7 @@ def test_misuse_is_an_error_that_shows_the_fix(act, error, parts):
 )
 @pytest.mark.standard_promotion
 def test_schedules_and_functions_that_fit_are_no_error(make):
-    step(make())
+    jax.eval_shape(lambda: step(make()))
 
 
 # Formats that cannot hold a moment

@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import adam_jax
-from helpers import QUICKLY, RULES, optimizer, tree, typical_rules
+from helpers import QUICKLY, RULES, explicit_slowly, normal, optimizer, tree, typical_rules
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
 Y = jnp.asarray(np.random.default_rng(1).normal(size=(16, 4)), jnp.float32)
@@ -83,7 +83,9 @@ def paths(tree):
 
 
 @pytest.mark.standard_promotion  # Optax's schedules need it
-@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "jit", [lambda f: f, pytest.param(nnx.jit, marks=pytest.mark.slow)], ids=["eager", "jit"]
+)
 def test_nnx_optimizer_trains_as_with_optax(jit):
     schedule = optax.warmup_cosine_decay_schedule(0.01, 0.1, warmup_steps=2, decay_steps=STEPS)
     mask = adam_jax.not_matching("bias")
@@ -174,9 +176,7 @@ def wrapped(model, grads):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
-)
+@explicit_slowly
 def test_nnx_trains_with_sharded_parameters(axis_type):
     tx = adam_jax.adamw(0.1, weight_decay=0.1)
     alone, opt = create(tx)
@@ -223,7 +223,9 @@ def linen_run(module, tx):
 
 
 @pytest.mark.standard_promotion  # Optax needs it
-@pytest.mark.parametrize("boxed", [False, True], ids=["plain", "Partitioned"])
+@pytest.mark.parametrize(
+    "boxed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "Partitioned"]
+)
 def test_linen_train_state_trains_as_with_optax(boxed):
     mask = adam_jax.not_matching("^Dense_[01]/bias$")
     mine = linen_run(Linen(boxed), adam_jax.adamw(0.1, weight_decay=0.5, weight_decay_mask=mask))
@@ -278,7 +280,7 @@ PARTITIONED = {
     ),
 }
 SIMPLER = [(name, False) for name in ("int8", "master_weights", "optax in master_weights")]
-SIMPLER += [("optax", True), ("groups", False), ("both", True)]
+SIMPLER += [("optax", False), ("optax", True), ("groups", False), ("both", True)]
 
 
 @pytest.mark.eight_devices
@@ -286,7 +288,6 @@ SIMPLER += [("optax", True), ("groups", False), ("both", True)]
 @pytest.mark.parametrize(
     "name, unboxed",
     [
-        ("optax", False),
         ("both", False),
         *(pytest.param(name, unboxed, marks=pytest.mark.slow) for name, unboxed in SIMPLER),
     ],
@@ -297,7 +298,7 @@ def test_partition_metadata_shards_parameters_and_state(name, unboxed):
     dtype = jnp.bfloat16 if "master" in name or name == "both" else jnp.float32
     kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "data"))
     model = nn.Dense(512, kernel_init=kernel_init, param_dtype=dtype)
-    tx, x = PARTITIONED[name](), jax.random.normal(jax.random.key(1), (4, 512))
+    tx, x = PARTITIONED[name](), normal((4, 512), seed=1)
 
     def init(key):
         return TrainState.create(apply_fn=None, params=model.init(key, x)["params"], tx=tx)

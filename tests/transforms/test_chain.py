@@ -30,9 +30,18 @@ CHAINS = {
 }
 
 
+LIKE_OTHERS = ("clip and optimizer", "clip and direction", "cautious", "of Optax alone")
+
+
 @pytest.mark.parametrize(
     "name, clip",
-    [*((name, "ours") for name in CHAINS), ("clip and optimizer", "optax"), ("a mask", "optax")],
+    [
+        pytest.param(name, clip, marks=pytest.mark.slow if name in LIKE_OTHERS else ())
+        for name, clip in (
+            *((name, "ours") for name in CHAINS),
+            *((name, "optax") for name in ("clip and optimizer", "a mask")),
+        )
+    ],
 )
 @pytest.mark.standard_promotion
 def test_chain_equals_optax_chain(name, clip):

@@ -21,6 +21,7 @@ from helpers import (
     largest_sent,
     masters,
     nbytes,
+    normal,
     optimizer,
     says,
     step_of,
@@ -34,10 +35,12 @@ WRAPPERS = {
     "stochastic": adam_jax.stochastic_rounding,
 }
 every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-every_wrapper_but_32_bits_slowly = pytest.mark.parametrize(
+other_wrappers_slowly = pytest.mark.parametrize(
     "wrap",
-    [pytest.param(WRAPPERS["32 bits"], marks=pytest.mark.slow), *list(WRAPPERS.values())[1:]],
-    ids=WRAPPERS,
+    [
+        pytest.param(wrap, id=name, marks=() if name == "24 bits" else pytest.mark.slow)
+        for name, wrap in WRAPPERS.items()
+    ],
 )
 BFLOAT16 = jnp.bfloat16
 
@@ -137,7 +140,7 @@ def scanned(tx, params, steps):
     ids=["adamw", "optax.adamw", "clip, lamb int8"],
 )
 def test_the_master_equals_a_float32_run_bit_for_bit(tx):
-    start = jax.random.normal(jax.random.key(0), (40, 128)).astype(BFLOAT16)
+    start = normal((40, 128), dtype=BFLOAT16)
     expected, _ = scanned(tx, float32(start), 10_000)
     params, state = scanned(adam_jax.master_weights(tx), start, 10_000)
     np.testing.assert_array_equal(adam_jax.get_master_weights(params, state), expected)
@@ -204,7 +207,7 @@ def test_equal_seeds_round_alike_and_other_seeds_do_not():
 def test_only_bfloat16_leaves_are_treated(name, wrap):
     """Updates of the other leaves equal the ones without a wrapper."""
     params = {
-        "w": jax.random.normal(jax.random.key(0), (32, 128)).astype(BFLOAT16),
+        "w": normal((32, 128), dtype=BFLOAT16),
         "wide": jnp.ones((3, 4)),
         "half": jnp.ones(3, jnp.float16),
         "scalar": jnp.ones((), BFLOAT16),
@@ -247,6 +250,7 @@ APPLIED = {
     "32 bits": adam_jax.master_weights(ADAMW),
     "stochastic": adam_jax.stochastic_rounding(ADAMW),
     "24 bits": masters(ADAMW),
+    "24 bits, in tiles": masters(ADAMW),
     "a chain": masters(
         adam_jax.chain(adam_jax.clip_by_global_norm(1.0), adam_jax.stable_adamw(1e-2))
     ),
@@ -256,31 +260,27 @@ APPLIED = {
     "schedule-free": masters(adam_jax.schedule_free_adamw(1e-2)),
     "Optax alone": optax.adamw(1e-2),
 }
-LIKE_OTHERS = ("32 bits", "stochastic", "tunable", "adamw", "a chain")
+BY_DEFAULT = ("24 bits", "schedule-free")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in LIKE_OTHERS else ()) for name in APPLIED],
+    [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in APPLIED],
 )
 def test_apply_equals_update_and_apply_updates(name):
     tx = APPLIED[name]
-    shape = (300, 500) if name == "24 bits" else (64, 100)  # the larger one runs in tiles
+    shape = (300, 500) if name == "24 bits, in tiles" else (64, 100)
     params = {"w": jnp.ones(shape, BFLOAT16), "b": jnp.ones(5, BFLOAT16), "f": jnp.ones(3)}
     here, there = (params, tx.init(params)), (params, tx.init(params))
     together = jax.jit(lambda p, s, g: adam_jax.apply(tx, g, s, p))
     for seed in range(3):
-        keys = jax.random.split(jax.random.key(seed), 3)
-        grads = {
-            k: jax.random.normal(key, p.shape).astype(p.dtype)
-            for (k, p), key in zip(params.items(), keys, strict=True)
-        }
+        grads = {k: normal(p.shape, seed, p.dtype) for k, p in params.items()}
         here, there = jax.jit(step_of(tx))(*here, grads), together(*there, grads)
     chex.assert_trees_all_equal(here, there)
 
 
 def test_convert_state_adds_masters_and_changes_their_width():
-    params = {"w": jax.random.normal(jax.random.key(0), (64, 128)).astype(BFLOAT16)}
+    params = {"w": normal((64, 128), dtype=BFLOAT16)}
     plain, wide, narrow = adam_jax.adamw(1e-3), adam_jax.master_weights(ADAMW), masters(ADAMW)
     _, running = plain.update(params, plain.init(params), params)
     state = adam_jax.convert_state(running, wide, params)
@@ -319,7 +319,9 @@ def temporaries(tx, step, dtype):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("clip", [False, True], ids=["alone", "clipped"])
+@pytest.mark.parametrize(
+    "clip", [pytest.param(False, marks=pytest.mark.slow), True], ids=["alone", "clipped"]
+)
 def test_apply_needs_no_temporaries_and_keeps_the_gradients(clip):
     tx = adam_jax.adamw(1e-3, storage="int8")
     tx = adam_jax.chain(adam_jax.clip_by_global_norm(1.0), tx) if clip else tx
@@ -327,7 +329,7 @@ def test_apply_needs_no_temporaries_and_keeps_the_gradients(clip):
     assert temporaries(tx, step, jnp.float32) <= 8 * MB
 
 
-@every_wrapper_but_32_bits_slowly
+@other_wrappers_slowly
 def test_low_precision_makes_no_float32_copy(wrap):
     """XLA:CPU copies a bfloat16 array that a loop writes: 2 bytes per element."""
     tx = wrap(adam_jax.adamw(1e-3, storage="int8"))
@@ -339,8 +341,8 @@ def test_low_precision_makes_no_float32_copy(wrap):
 
 
 def regression(dtype):
-    x = jax.random.normal(jax.random.key(0), (64, 8))
-    y = jnp.tanh(x @ jax.random.normal(jax.random.key(1), (8, 4)))
+    x = normal((64, 8))
+    y = jnp.tanh(x @ normal((8, 4), seed=1))
 
     def loss(params):
         kernel, bias = (params[k].astype(jnp.float32) for k in ("kernel", "bias"))
@@ -372,12 +374,12 @@ def test_multisteps_and_apply_if_finite_wrap_low_precision(wrap):
     chex.assert_trees_all_equal(after[1].inner_state, state[1].inner_state)
 
 
-@every_wrapper_but_32_bits_slowly
+@other_wrappers_slowly
 def test_low_precision_trains_in_nnx(wrap):
     model = nnx.Linear(16, 16, param_dtype=BFLOAT16, rngs=nnx.Rngs(0))
     adamw = adam_jax.adamw(3e-3, storage=lambda path, leaf: "int8")
     optimizer = nnx.Optimizer(model, wrap(adamw), wrt=nnx.Param)
-    x = jax.random.normal(jax.random.key(0), (32, 16))
+    x = normal((32, 16))
 
     @nnx.jit
     def step(model, optimizer):
@@ -394,7 +396,7 @@ def test_low_precision_trains_in_nnx(wrap):
     chex.assert_trees_all_equal_structs(kept, params)
 
 
-@every_wrapper_but_32_bits_slowly
+@other_wrappers_slowly
 def test_a_train_state_resumes_from_orbax_bit_for_bit(tmp_path, wrap):
     loss, start = regression(BFLOAT16)
     tx = wrap(adam_jax.adamw(1e-2))
@@ -420,11 +422,11 @@ def test_a_train_state_resumes_from_orbax_bit_for_bit(tmp_path, wrap):
     chex.assert_trees_all_equal(resumed.opt_state, train(half, 5).opt_state)
 
 
-@every_wrapper_but_32_bits_slowly
+@other_wrappers_slowly
 def test_low_precision_works_with_vmap_donation_and_map_params(wrap):
     tx = wrap(adam_jax.adamw(1e-2, storage="int8"))
     params = jnp.ones((2, 64, 128), BFLOAT16)
-    grads = jax.random.normal(jax.random.key(0), params.shape).astype(BFLOAT16)
+    grads = normal(params.shape, dtype=BFLOAT16)
     members = jax.vmap(tx.init)(params)
     together = jax.jit(jax.vmap(step_of(tx)))(params, members, grads)
     alone = jax.jit(step_of(tx))(params[1], tx.init(params[1]), grads[1])
@@ -439,11 +441,11 @@ def test_low_precision_works_with_vmap_donation_and_map_params(wrap):
 
 
 @pytest.mark.eight_devices
-@every_wrapper_but_32_bits_slowly
+@other_wrappers_slowly
 def test_sharded_and_replicated_parameters_round_alike(wrap):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = wrap(adam_jax.adamw(1e-2, storage="int8"))
-    whole = jax.random.normal(jax.random.key(0), (256, 1024)).astype(BFLOAT16)
+    whole = normal((256, 1024), dtype=BFLOAT16)
     expected = jax.jit(step_of(tx))(whole, tx.init(whole), whole)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     p = jax.device_put(whole, sharding)

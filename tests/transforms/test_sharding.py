@@ -19,10 +19,12 @@ import adam_jax
 from helpers import (
     QUICKLY,
     every_mode,
+    explicit_slowly,
     gpt2_small,
     largest_sent,
     leaves_of,
     masters,
+    normal,
     says,
     sent,
     step_of,
@@ -49,11 +51,11 @@ def make_mesh(name="line", kind=AxisType.Auto):
     [("float32", jnp.float32), ("int8", jnp.float32), ("int8", jnp.bfloat16)],
 )
 def test_each_device_holds_an_eighth_of_the_state(storage, dtype):
-    """Check GPT-2 small; the devices divide its 50257 × 768 embedding along 768 only."""
+    """Check a small GPT-2; the devices divide its 50257 × 768 embedding along 768 only."""
     mesh = make_mesh()
     whole = NamedSharding(mesh, P())
     params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=whole), gpt2_small()
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=whole), gpt2_small(layers=1)
     )
     tx = adam_jax.adamw(1e-3, storage=storage)
     tx = adam_jax.zero1(masters(tx) if dtype == jnp.bfloat16 else tx, mesh)
@@ -149,7 +151,9 @@ def test_twenty_sharded_steps_equal_those_on_one_device(name, layout):
             assert np.mean(np.asarray(ours) != theirs) <= 1e-3
 
 
-@pytest.mark.parametrize("outside", ["alone", "MultiSteps", "apply_if_finite"])
+@pytest.mark.parametrize(
+    "outside", ["alone", "MultiSteps", pytest.param("apply_if_finite", marks=pytest.mark.slow)]
+)
 def test_zero1_composes_with_optax(outside):
     mesh = make_mesh()
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2, weight_decay=0.1))
@@ -248,7 +252,7 @@ def test_zero1_gathers_parameters_or_updates_but_no_state(axis_type, applied):
             np.testing.assert_array_equal(shard.data, p.addressable_shards[0].data)
 
 
-@every_mode
+@explicit_slowly
 @pytest.mark.parametrize("tx", [CANONICAL, optax.adamw(1e-2)], ids=["canonical", "optax.adamw"])
 def test_the_optimizer_gathers_no_sharded_parameters(axis_type, tx):
     mesh = make_mesh("grid", axis_type)
@@ -264,7 +268,7 @@ def test_the_optimizer_gathers_no_sharded_parameters(axis_type, tx):
 # The sharding of a state
 
 
-@every_mode
+@explicit_slowly
 def test_state_sharding_equals_the_sharding_of_init(axis_type):
     mesh = make_mesh("grid", axis_type)
     shapes = {"w": (64, 1024), "thin": (1000, 768), "bias": (1024,)}
@@ -319,7 +323,7 @@ def test_the_state_can_be_kept_in_host_memory():
     """Follow the recipe: move the state to the devices for a step and back to the host."""
     mesh = make_mesh()
     tx = adam_jax.adamw(1e-2, storage="int8")
-    start = jax.random.normal(jax.random.key(0), (64, 1024))
+    start = normal((64, 1024))
     params = {"w": jax.device_put(start, NamedSharding(mesh, P("data")))}
     on_host = adam_jax.state_sharding(tx, params, memory_kind="pinned_host")
     on_device = adam_jax.state_sharding(tx, params)
@@ -342,12 +346,12 @@ def test_the_state_can_be_kept_in_host_memory():
 # Flax NNX, checkpoints
 
 
-@every_mode
+@explicit_slowly
 def test_nnx_keeps_the_shardings_of_its_parameters(axis_type):
     mesh = make_mesh("grid", axis_type)
     by_columns = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
     explicit = axis_type == AxisType.Explicit
-    x = jax.random.normal(jax.random.key(0), (8, 64))
+    x = normal((8, 64))
 
     @nnx.jit
     def step(model, optimizer):
@@ -428,7 +432,7 @@ def test_sharding_errors_say_what_to_do():
 
 
 @every_mode
-@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+@pytest.mark.parametrize("storage", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 @pytest.mark.parametrize("wrap", ["zero1", "master_weights", "fsdp"])
 def test_an_eager_init_shards_the_state(axis_type, storage, wrap):
     """Call init outside of jit and of any mesh context, as in the README."""
