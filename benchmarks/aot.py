@@ -135,15 +135,16 @@ def compiled(chip: Chip, tx: Any, params: Any, way: str = "apply") -> Program:
     with there(chip):
         given = place(params)
         state = place(jax.eval_shape(tx.init, given))
-        # an update overwrites its gradient
-        step = _step(tx, way, donated=(1, 2) if way == "apply" else (0, 1))
+        step = _step(tx, way, donated=(0, 1))  # an update overwrites its gradient
         lowered = step.trace(given, state, given).lower(lowering_platforms=(chip.lowering,))
         return _program(chip, lowered, given, state)
 
 
 def _step(tx: Any, way: str, donated: tuple[int, ...]) -> Any:
-    step = functools.partial(adam_jax.apply, tx) if way == "apply" else tx.update
-    return jax.jit(step, donate_argnums=donated)
+    def apply(params: Any, state: Any, grads: Any) -> Any:
+        return adam_jax.apply(tx, grads, state, params)  # results in the order of donated operands
+
+    return jax.jit(apply if way == "apply" else tx.update, donate_argnums=donated)
 
 
 def _program(chip: Chip, lowered: Any, params: Any, state: Any) -> Program:
@@ -181,7 +182,7 @@ def sharded(tx: Any, on: Mesh, spec: P, dtype: Any = jnp.bfloat16, way: str = "a
             jax.eval_shape(tx.init, params),
             adam_jax.state_sharding(tx, params),
         )
-        step = _step(tx, way, donated=(1, 2) if way == "apply" else (1,))
+        step = _step(tx, way, donated=(0, 1) if way == "apply" else (1,))
         lowered = step.trace(params, state, params).lower(lowering_platforms=(TPU.lowering,))
         return _program(TPU, lowered, params, state)
 
@@ -363,6 +364,11 @@ LEAF = {"tpu": (32768, 8192), "gpu": (8192, 4096)}
 def leaf(name: str, storage: str, way: str) -> Program:
     """Compile the step of one leaf for the chip of this name."""
     tx, dtype = optimizer(storage)
+    return leaf_of(name, tx, dtype, way)
+
+
+def leaf_of(name: str, tx: Any, dtype: Any = jnp.float32, way: str = "apply") -> Program:
+    """Compile a transformation's step of one leaf for the chip of this name."""
     return compiled(CHIPS[name], tx, jax.ShapeDtypeStruct(LEAF[name], dtype), way)
 
 

@@ -13,17 +13,19 @@ from jax.sharding import NamedSharding
 from adam_jax._backends import tiled, xla
 from adam_jax._backends.per_shard import is_unknown
 from adam_jax._backends.step import Operands, Result, Step
-from adam_jax.storage._moments import any_bfloat16, any_lossy
+from adam_jax.storage._moments import any_bfloat16, any_lossy, any_total
 
 
 def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run steps of lossy state in a kernel or in tiles, and others in XLA, which fuses well.
 
-    On TPU, bfloat16 state takes the kernel, too: XLA moves 1.4 times the least bytes.
+    On TPU, bfloat16 state takes the kernel, too: XLA moves 1.4 times the least bytes. On GPU, so do
+    rules with totals, for which XLA reads a leaf twice.
     """
     platform = step.platform
     is_lossy = any_lossy(operands.moments)
-    if not is_lossy and not (platform == "tpu" and any_bfloat16(operands.moments)):
+    special = {"tpu": any_bfloat16, "gpu": any_total}.get(platform)
+    if not is_lossy and not (special and special(operands.moments)):
         return xla.execute_leaf(step, operands, sharding)
     if platform == "cpu" and operands.update.size <= tiled.TILE["cpu"]:
         return xla.execute_leaf(step, operands, sharding)

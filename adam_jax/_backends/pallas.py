@@ -62,8 +62,9 @@ def _store(ref: Any, x: jax.Array, mask: Mask, at: Any) -> None:
 class Target(NamedTuple):
     """The platform-specific settings of a kernel."""
 
-    grid: Callable[[tuple[int, ...], int, bool], Grid]
-    """(a leaf's shape, its largest block size, whether a moment is reduced) → its tiles."""
+    grid: Callable[[tuple[int, ...], int, bool, float], Grid]
+    """(a leaf's shape, its largest block size, whether a moment is reduced, bytes read and written
+    per element) → its tiles."""
     scalars: pl.BlockSpec
     """The memory space of scalars."""
     compiler: Callable[[int], Any] = lambda _: None
@@ -149,8 +150,12 @@ def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard)
     leaf_operands, shape = operands[:4], operands.update.shape
     arrays, tree = jax.tree.flatten(leaf_operands)
     kinds = extents(leaf_operands, shape)
+    u, _, p, moments = tree.unflatten(range(len(arrays)))
+    written = jax.tree.leaves((p if step.aliased is Aliased.PARAM else u, moments))
     is_reduced = any(extent.reduced for extent in kinds)
-    grid = target.grid(shape, max(extent.span for extent in kinds), is_reduced)
+    tiled_arrays = [k for k in (*range(len(arrays)), *written) if not kinds[k].reduced]
+    width = sum(arrays[k].dtype.itemsize / kinds[k].span for k in tiled_arrays)
+    grid = target.grid(shape, max(extent.span for extent in kinds), is_reduced, width)
     call = functools.partial(_call, target, grid, [grid.view(x) for x in arrays], kinds)
 
     def tile(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> tuple[Operands, Part]:
@@ -185,8 +190,6 @@ def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard)
     for size in mean_sizes(step, operands):  # one read-only pass per call of `mean`
         partial = call(sums, shared, [Extent(reduced=grid.all_axes)] * size)
         shared.means.append(shard.mean_of_sums([jnp.sum(x) for x in partial]))
-    u, _, p, moments = tree.unflatten(range(len(arrays)))
-    written = jax.tree.leaves((p if step.aliased is Aliased.PARAM else u, moments))
     out = call(advance, shared, [kinds[k] if kinds[k].reduced else k for k in written])
     out = [
         (jnp.sum(x, axis=0) if kinds[k].reduced else x).reshape(arrays[k].shape)

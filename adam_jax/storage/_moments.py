@@ -250,6 +250,11 @@ def any_lossy(moments: Sequence[Sequence[Stored]]) -> bool:
     return any(is_lossy(x) for each in moments for x in each)
 
 
+def any_total(moments: Sequence[Sequence[Stored]]) -> bool:
+    """Whether a leaf's rules have totals."""
+    return any(isinstance(x, TotalLeaf) for each in moments for x in each)
+
+
 def any_bfloat16(moments: Sequence[Sequence[Stored]]) -> bool:
     """Whether any moment of a leaf is stored element by element in bfloat16."""
     kept = [x for each in moments for x in each if isinstance(x, jax.Array)]

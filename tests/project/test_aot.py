@@ -110,3 +110,11 @@ def test_master_weights_by_update_need_few_instructions_on_gpu():
     """They round what `optax.apply_updates` makes of a float32 difference."""
     code = aot.sass(aot.leaf("gpu", "int8, master weights", "update"))
     assert code.per_element <= 125 and code.spilled == 0
+
+
+@pytest.mark.parametrize("chip", aot.CHIPS)
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_sums_over_a_leaf_are_part_of_its_step(chip, storage):
+    program = aot.leaf_of(chip, adam_jax.prodigy(storage=storage))
+    assert aot.moved(program) <= 1.03
+    assert program.temporaries <= 2**20
