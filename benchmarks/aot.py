@@ -169,11 +169,18 @@ def mesh(kind: AxisType) -> Mesh:
     return Mesh(np.array(devices(TPU)), ("data",), axis_types=(kind,))
 
 
-def sharded(tx: Any, on: Mesh, spec: P, dtype: Any = jnp.bfloat16, way: str = "apply") -> Program:
+def sharded(
+    tx: Any,
+    on: Mesh,
+    spec: P,
+    dtype: Any = jnp.bfloat16,
+    way: str = "apply",
+    shape: tuple[int, int] = (2048, 4096),
+) -> Program:
     """Compile the step of a kernel with this spec, and of a bias, for a mesh of TPUs."""
     place = functools.partial(NamedSharding, on)
     params = {
-        "kernel": jax.ShapeDtypeStruct((2048, 4096), dtype, sharding=place(spec)),
+        "kernel": jax.ShapeDtypeStruct(shape, dtype, sharding=place(spec)),
         "bias": jax.ShapeDtypeStruct((16,), dtype, sharding=place(P())),
     }
     with jax.sharding.use_abstract_mesh(on.abstract_mesh):

@@ -1,57 +1,87 @@
-"""The step of a shard whose edges split blocks, with block maxima computed across devices.
+"""The step of a shard whose edges split blocks, with scales computed across devices.
 
-Each device has all scales of the leaf. The step uses smaller blocks that no edge splits, each with
-the scale of the block that contains it.
+Each device has all scales of the leaf. The step uses parts of blocks that no edge splits, each with
+the scale of the block that contains it. Parts are an axis of the arrays, so that XLA computes new
+moments and their maxima in one loop.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from adam_jax._backends.per_shard import Shard
-from adam_jax._backends.step import Operands, Part, Result, Step, complete
-from adam_jax.storage._blockwise import QuantizedLeaf, absmax, magnitudes
-from adam_jax.storage._moments import Stored, block_size
+from adam_jax._backends.step import Moments, Operands, Part, Result, Step, complete
+from adam_jax.storage._blockwise import QuantizedLeaf, block_absmax
+from adam_jax.storage._moments import Stored, block_size, is_quantized
+from adam_jax.storage._random_bits import Position
 
 
 def execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
-    """Run the step of the whole shard."""
-    shape, columns = operands.update.shape, operands.update.shape[-1]
+    """Run the step of the whole shard twice: for its new scales, and with them.
 
-    def block_index(block: int) -> jax.Array:
-        """Return the index of the block that contains each of the smaller blocks."""
-        part = math.gcd(columns, block)
-        parts = jax.lax.iota(jnp.uint32, columns // part)
-        return (shard.origin[-1] // part + parts) // (block // part)
+    Computing new moments twice moves fewer bytes than keeping them in float32 until the devices
+    have exchanged the scales. XLA:CPU compiles both runs to one, and keeps them.
+    """
+    *rows, columns = operands.update.shape
+    old = _quantized(operands.moments)
+    width = math.gcd(columns, *map(block_size, old))
+    parts = columns // width
 
-    def across_devices(largest: jax.Array, block: int) -> jax.Array:
-        """Return the maxima of whole blocks from the maxima of their parts."""
-        largest = jnp.where(jnp.isnan(largest), jnp.inf, largest)  # a maximum may ignore a NaN
-        empty = jnp.zeros((*largest.shape[:-1], -(-shard.leaf_shape[-1] // block)), largest.dtype)
-        whole = empty.at[..., block_index(block)].max(largest)
-        return jax.lax.pmax(whole, shard.unaligned)
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], -1, min(width, x.shape[-1]))
 
-    def block_absmax(x: jax.Array, block: int) -> jax.Array:
-        largest = absmax(magnitudes(x), math.gcd(columns, block))
-        return across_devices(largest, block)[..., block_index(block)]
+    def block_of_part(stored: QuantizedLeaf) -> jax.Array:
+        """Return the index of the block that contains each part of a row."""
+        part = shard.origin[-1] // width + jnp.arange(parts, dtype=jnp.uint32)
+        return part // (block_size(stored) // width)
 
-    def to_parts(x: Stored) -> Stored:
-        if not isinstance(x, QuantizedLeaf):
-            return x
-        return x._replace(scales=x.scales[..., block_index(block_size(x))])
+    def split_moment(stored: Stored) -> Stored:
+        if not is_quantized(stored):
+            return jax.tree.map(split, stored)
+        return QuantizedLeaf(split(stored.codes), scales_of_parts(stored))
 
-    def to_blocks(x: Stored, old: Stored) -> Stored:
-        if not isinstance(x, QuantizedLeaf):
-            return x
-        scales = across_devices(x.scales, block_size(old))
-        return x._replace(scales=jnp.where(jnp.isinf(scales), jnp.nan, scales))
+    def scales_of_parts(stored: QuantizedLeaf) -> jax.Array:
+        return stored.scales[..., block_of_part(stored)][..., None]
 
-    inside = [tuple(map(to_parts, moments)) for moments in operands.moments]
-    part = Part(shard.mean, functools.partial(shard.positions, shape), block_absmax)
-    output, new = complete(step, operands._replace(moments=inside), part)
-    pairs = zip(new, operands.moments, strict=True)
-    return Result(output, [tuple(map(to_blocks, *pair)) for pair in pairs])
+    def with_new_scales(stored: QuantizedLeaf, new: QuantizedLeaf) -> QuantizedLeaf:
+        """Return an old moment with new scales of blocks, the maxima over their parts."""
+        of_parts = new.scales[..., 0]
+        of_parts = jnp.where(jnp.isnan(of_parts), jnp.inf, of_parts)  # a maximum may ignore a NaN
+        scales = jnp.zeros_like(stored.scales).at[..., block_of_part(stored)].max(of_parts)
+        scales = jax.lax.pmax(scales, shard.unaligned)
+        return stored._replace(scales=jnp.where(jnp.isinf(scales), jnp.nan, scales))
+
+    def position() -> Position:
+        row = jnp.arange(math.prod(rows)).reshape(*rows, 1, 1)
+        column = jax.lax.broadcasted_iota(jnp.int32, (*(1 for _ in rows), parts, 1), len(rows))
+        return shard.position(row, column * width, width, (*rows, columns))
+
+    def part_absmax(x: jax.Array, block: int) -> jax.Array:
+        del block
+        return block_absmax(x, block=width)
+
+    u, g, p = jax.tree.map(split, operands[:3])
+    moments = [tuple(map(split_moment, stored)) for stored in operands.moments]
+    given = operands._replace(update=u, grad=g, param=p, moments=moments)
+    again, part = given._replace(seeds=None), Part(shard.mean, position)
+    if step.platform != "cpu":
+        again = jax.lax.optimization_barrier(again)
+        part = part._replace(block_absmax=part_absmax)
+    first = complete(step, again, part)
+    scaled = list(map(with_new_scales, old, _quantized(first.moments)))
+    known = iter(list(map(scales_of_parts, scaled)))
+    new = complete(step, given, part._replace(block_absmax=lambda x, block: next(known)))
+    whole = iter(scaled)
+    moments = [
+        tuple(x._replace(scales=next(whole).scales) if is_quantized(x) else x for x in stored)
+        for stored in new.moments
+    ]
+    like = Result(step.aliased.of(operands), operands.moments)
+    return jax.tree.map(lambda x, y: x.reshape(y.shape), new._replace(moments=moments), like)
+
+
+def _quantized(moments: Moments) -> list[QuantizedLeaf]:
+    return [x for stored in moments for x in stored if is_quantized(x)]

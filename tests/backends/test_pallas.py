@@ -339,6 +339,29 @@ def test_kernels_step_a_sharded_leaf_shard_by_shard(shape, spec, kind):
     assert got[1][0].mu.codes.sharding.is_equivalent_to(p.sharding, p.ndim)
 
 
+@pytest.mark.eight_devices
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("storage", ["int8", "compact"])
+def test_shards_that_cut_blocks_equal_one_device_on_an_accelerator(storage, kind, monkeypatch):
+    """There the step of such a shard runs in XLA, twice, with scales computed across devices."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    whole = {"w": jax.random.normal(jax.random.key(0), (2, 24, 768)).at[0, 5, 200].set(jnp.nan)}
+    make = functools.partial(adam_jax.stable_adamw, 1e-3, storage=lambda *_: storage)
+    expected = trajectory(make(implementation="xla"), whole)
+    spec = P(None, None, "data")
+    tx = make(implementation="pallas")
+    if kind == AxisType.Auto:
+        tx = adam_jax.zero1(tx, mesh, specs={"w": spec})
+    with jax.set_mesh(mesh):
+        p = jax.device_put(whole, NamedSharding(mesh, spec))
+        state = tx.init(p)
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        step = jax.jit(tx.update).trace(p, state, p).lower(lowering_platforms=("cpu",))
+        monkeypatch.undo()
+        got = trajectory(tx, p, step.compile(QUICKLY))
+    assert_same(jax.device_get(got), jax.device_get(expected))
+
+
 @every_platform
 def test_kernels_for_a_sharded_leaf_lower(platform):
     kinds = (AxisType.Explicit,) * 2

@@ -50,6 +50,19 @@ def test_a_sharded_parameter_is_stepped_by_one_kernel_without_a_gather(kind):
     assert aot.kernels(program) == 1 and aot.all_gathers(program) == 0
 
 
+@every_kind
+def test_an_embedding_whose_shards_cut_blocks_moves_little_more_than_it_must(kind):
+    """XLA stores its 192 columns a device as rows, which a kernel would have to copy."""
+    mesh, spec = aot.mesh(kind), P(None, "data")
+    tx = adam_jax.adamw(1e-3, storage="int8")
+    if kind == AxisType.Auto:
+        tx = adam_jax.zero1(tx, mesh, specs={"kernel": spec, "bias": P()})
+    program = aot.sharded(tx, mesh, spec, jnp.float32, shape=(50257, 768))
+    on_each = aot.moved(program) * mesh.size  # the least is the whole leaf's
+    assert on_each <= 1.1 and program.temporaries <= 2**20
+    assert aot.all_gathers(program) == 0
+
+
 def test_unknown_shardings_on_automatic_axes_warn_with_the_fix():
     mesh = aot.mesh(AxisType.Auto)
     tx = adam_jax.adamw(1e-3, storage="int8")
