@@ -250,6 +250,16 @@ def adam_atan2(g, mu, nu, *, t, b1, b2, a, b):
     return a * jnp.arctan2(m, jnp.where(at_origin, 1, b * root)), mu, nu
 
 
+@rule(mu=signed)
+def adam_s(g, mu, *, b1, b2, eps):
+    """Zhang et al. (2025), AdamS: the previous momentum's square replaces the average of g².
+
+    Neither is bias-corrected. Zhou & Xie's AdamS (stable weight decay) is another method.
+    """
+    mu_next = ema(b1, mu, g)
+    return mu_next / (sqrt(ema(b2, abs_sq(mu), abs_sq(g))) + eps), mu_next
+
+
 @rule(mu=signed, nu=average_square)
 def stable_adamw(g, mu, nu, *, mean, t, b1, b2, eps):
     """Wortsman et al. (2023), Algorithm 2: Adam with smaller steps if g² outgrows nu.

@@ -322,12 +322,13 @@ def adam_atan2(g, s, *, t, b1=0.9, b2=0.999, a=1.27, b=1.0):
     return u, {"mu": mu, "nu": nu}
 
 
-def adams(g, s, *, t, b1=0.9, b2=0.95, eps=1e-8):
+def adam_s(g, s, *, t, b1=0.9, b2=0.95, eps=1e-8):
     """Zhang, Wang & Chen (2025), arXiv 2505.16363: the normalizer holds mu of the step before.
 
     No bias corrections, so the first step is (1 - b1) / sqrt(1 - b2) = 0.45 for the defaults; t is
     not used. Another algorithm is called AdamS too (Zhou & Xie: stable weight decay).
-    Checked: the closed form for a constant gradient 2e-16. No independent implementation was run.
+    Checked: the closed form for a constant gradient 2e-16; the formula in the documentation of zij (a
+    PyTorch library) is this one. No independent implementation was run.
     """
     mu_before = s.get("mu", 0.0)
     mu = ema(b1, mu_before, g)

@@ -4,6 +4,7 @@
 from adam_jax.optimizers.adabelief import adabelief, scale_by_belief
 from adam_jax.optimizers.adam import adam, adamw, scale_by_adam
 from adam_jax.optimizers.adam_atan2 import adam_atan2, scale_by_adam_atan2
+from adam_jax.optimizers.adam_s import adam_s, scale_by_adam_s
 from adam_jax.optimizers.adamax import adamax, adamaxw, scale_by_adamax
 from adam_jax.optimizers.adan import adan, scale_by_adan
 from adam_jax.optimizers.ademamix import ademamix, scale_by_ademamix
@@ -29,6 +30,7 @@ __all__ = [
     "adabelief",
     "adam",
     "adam_atan2",
+    "adam_s",
     "adamax",
     "adamaxw",
     "adamw",
@@ -46,6 +48,7 @@ __all__ = [
     "rmsprop",
     "scale_by_adam",
     "scale_by_adam_atan2",
+    "scale_by_adam_s",
     "scale_by_adamax",
     "scale_by_adan",
     "scale_by_ademamix",

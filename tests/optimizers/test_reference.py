@@ -242,10 +242,10 @@ def test_a_reference_equals_another_form_of_its_rule(rule, other):
     assert_close(run(rule, gradients()), other(gradients()))
 
 
-def test_adams_equals_its_closed_form():
+def test_adam_s_equals_its_closed_form():
     t = np.arange(1, STEPS + 1)
     expected = (1 - 0.9**t) / np.sqrt(0.95 * (1 - 0.9 ** (t - 1)) ** 2 + 0.05)
-    u = run(ref.adams, np.full((STEPS, 2), [3.0, -0.02]), eps=0.0)
+    u = run(ref.adam_s, np.full((STEPS, 2), [3.0, -0.02]), eps=0.0)
     assert_close(u, expected[:, None] * [1, -1])
 
 
@@ -381,7 +381,7 @@ def test_the_radam_paper_rectifies_one_step_earlier():
 
 
 @pytest.mark.parametrize(
-    "rule", sorted({r for r, *_ in OPTAX + TORCH} | {ref.adan, ref.laprop, ref.adams}, key=str)
+    "rule", sorted({r for r, *_ in OPTAX + TORCH} | {ref.adan, ref.laprop, ref.adam_s}, key=str)
 )
 def test_references_do_not_change_their_arguments(rule):
     g = gradients()
