@@ -62,14 +62,17 @@ def look_ahead(mu, g, b1, t):
 
 
 @rule(mu=signed, nu=average_square)
-def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root):
+def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root, correction="optax"):
     """Dozat (2016) with a constant momentum, as in Optax.
 
-    Dozat's Algorithm 2 also multiplies the second moment by b2; no implementation does.
+    Dozat's Algorithm 2 also multiplies the second moment by b2; no implementation does. AlgoPerf's
+    form is from Choi et al. (2019), Table 1: both terms of the look-ahead are divided by 1 - b1^t.
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
-    return look_ahead(mu, g, b1, t) / (sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
+    algoperf = correction == "algoperf"
+    ahead = debias(ema(b1, mu, g), b1, t) if algoperf else look_ahead(mu, g, b1, t)
+    return ahead / (sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
 
 
 @rule(mu=signed, nu=average_square)

@@ -56,16 +56,21 @@ def adam_eps_hat(g, s, *, t, b1=0.9, b2=0.999, eps=1e-8):
     return u, {"mu": mu, "nu": nu}
 
 
-def nadam(g, s, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
+def nadam(g, s, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, correction="optax"):
     """Dozat (2016), Algorithm 2 with a constant mu_t = b1, as in Optax.
 
+    correction="algoperf" is Choi et al. (2019), Table 1: one bias correction, 1 - b1^t.
     Differing copies: Dozat's listing has an extra b2 on nu_hat that nobody keeps; PyTorch and
     Keras schedule mu_t, see nadam_scheduled.
-    Checked: optax.scale_by_adam(nesterov=True) 2e-16.
+    Checked: optax.scale_by_adam(nesterov=True) 2e-16; "algoperf": scale_by_nadam of
+    mlcommons/algorithmic-efficiency (paper_baselines/nadamw), transcribed, 3e-16.
     """
     mu = ema(b1, s.get("mu", 0.0), g)
     nu = ema(b2, s.get("nu", 0.0), abs_sq(g))
-    mu_bar = b1 * mu / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+    if correction == "algoperf":
+        mu_bar = (b1 * mu + (1 - b1) * g) / (1 - b1**t)
+    else:
+        mu_bar = b1 * mu / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
     nu_hat = nu / (1 - b2**t)
     u = mu_bar / (np.sqrt(nu_hat + eps_root) + eps)
     return u, {"mu": mu, "nu": nu}
@@ -327,8 +332,8 @@ def adam_s(g, s, *, t, b1=0.9, b2=0.95, eps=1e-8):
 
     No bias corrections, so the first step is (1 - b1) / sqrt(1 - b2) = 0.45 for the defaults; t is
     not used. Another algorithm is called AdamS too (Zhou & Xie: stable weight decay).
-    Checked: the closed form for a constant gradient 2e-16; the formula in the documentation of zij (a
-    PyTorch library) is this one. No independent implementation was run.
+    Checked: the closed form for a constant gradient 2e-16; the formula in the documentation of zij,
+    a PyTorch library, is this one. No independent implementation was run.
     """
     mu_before = s.get("mu", 0.0)
     mu = ema(b1, mu_before, g)

@@ -80,6 +80,15 @@ def test_adan_weighs_differences_as_the_authors_or_as_optax():
     assert np.abs(paper - other).max() > 0.1
 
 
+def test_nadam_corrects_biases_as_algoperf():
+    g = gradients_with_everything(30)
+    expected = run_reference("nadam", g, correction="algoperf")
+    with jax.enable_x64(True):
+        got = updates_over(adam_jax.nadamw(1.0, weight_decay=0.0, correction="algoperf"), g)
+    np.testing.assert_allclose(-got, expected, rtol=1e-11, atol=1e-12)
+    assert np.abs(expected - run_reference("nadam", g)).max() > 0.05
+
+
 @pytest.mark.parametrize("name, theirs", [("amsgrad_raw", "amsgrad"), ("nadam_scheduled", "nadam")])
 def test_pytorch_and_optax_differ_in_amsgrad_and_nadam(name, theirs):
     g = gradients_with_everything(60)

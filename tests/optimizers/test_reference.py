@@ -1,5 +1,7 @@
 """The rules in reference.py against independent implementations, in float64, over 60 steps."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -209,6 +211,17 @@ def stable_adamw_authors(grads, b1=0.9, b2=0.999, eps=1e-8):
     return np.stack(us)
 
 
+def nadam_algoperf(grads, b1=0.9, b2=0.999, eps=1e-8):
+    """mlcommons/algorithmic-efficiency, scale_by_nadam: mu is averaged with g a second time."""
+    us, mu, nu = [], 0.0, 0.0
+    for k, g in enumerate(grads, 1):
+        mu = (1 - b1) * g + b1 * mu
+        nu = (1 - b2) * g**2 + b2 * nu
+        ahead = ((1 - b1) * g + b1 * mu) / (1 - b1**k)
+        us.append(ahead / (np.sqrt(nu / (1 - b2**k)) + eps))
+    return np.stack(us)
+
+
 def eps_hat_by_adam(grads):
     s, us = {}, []
     for t, g in enumerate(grads, 1):
@@ -232,6 +245,7 @@ def atan2_by_angle(grads, b1=0.9, b2=0.999, a=1.27, b=1.0):
     "rule, other",
     [
         (ref.adan, adan_authors),
+        (functools.partial(ref.nadam, correction="algoperf"), nadam_algoperf),
         (ref.laprop, laprop_authors),
         (ref.stable_adamw, stable_adamw_authors),
         (ref.adam_eps_hat, eps_hat_by_adam),
