@@ -263,6 +263,18 @@ def adam_s(g, mu, *, b1, b2, eps):
     return mu_next / (sqrt(ema(b2, abs_sq(mu), abs_sq(g))) + eps), mu_next
 
 
+@rule(mu=signed, nu=positive.per_leaf())
+def novograd(g, mu, nu, *, p, t, mean, size, b1, b2, eps, eps_root, decay_in_mu):
+    """Ginsburg et al. (2019), Algorithm 1: nu averages ‖g‖² of a leaf, and starts at the first one.
+
+    mu is a sum, of which each term is normalized and includes the weight decay.
+    """
+    norm_sq = mean(abs_sq(g)) * size
+    nu = jnp.where(t == 1, norm_sq, ema(b2, nu, norm_sq))
+    mu = b1 * mu + g / (sqrt(nu + eps_root) + eps) + decay_in_mu * p
+    return mu, mu, nu
+
+
 @rule(mu=signed, nu=average_square)
 def stable_adamw(g, mu, nu, *, mean, t, b1, b2, eps):
     """Wortsman et al. (2023), Algorithm 2: Adam with smaller steps if g² outgrows nu.

@@ -356,6 +356,20 @@ def stable_adamw(g, s, *, t, b1=0.9, b2=0.999, eps=1e-8):
     return u / max(1.0, rms), s
 
 
+def novograd(g, s, *, t, p=0.0, b1=0.9, b2=0.25, eps=1e-8, eps_root=0.0, decay_in_mu=0.0):
+    """Ginsburg et al. (2019), Algorithm 1: v_1 = ||g_1||^2, m_1 = g_1 / (sqrt(v_1) + eps) + d w_1.
+
+    p is the parameter, d is decay_in_mu, and eps_root is Optax's.
+    Differing copies: NVIDIA's PyTorch code can multiply the term by 1 - b1 (grad_averaging).
+    Checked: optax.scale_by_novograd 2e-15.
+    """
+    norm_sq = np.sum(abs_sq(g))
+    nu = norm_sq if t == 1 else ema(b2, s["nu"], norm_sq)
+    term = g / (np.sqrt(nu + eps_root) + eps) + decay_in_mu * p
+    mu = b1 * s.get("mu", 0.0) + term
+    return mu, {"mu": mu, "nu": nu}
+
+
 # --- RMSprop, momentum, Lion --------------------------------------------------------------------
 
 

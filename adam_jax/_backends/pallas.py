@@ -125,7 +125,7 @@ def supports(operands: Operands) -> bool:
     """
     shape = operands.update.shape
     reduced = {axis for extent in extents(operands.moments, shape) for axis in extent.reduced}
-    if not shape or min(reduced, default=len(shape)) < len(shape) - 2:
+    if not shape or min(reduced, default=len(shape)) < max(len(shape) - 2, len(shape) == 1):
         return False
     return arithmetic_dtype(*dtypes(operands[:4])) == jnp.float32
 

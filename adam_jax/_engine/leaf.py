@@ -21,9 +21,9 @@ from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.typing import PyTree
 from adam_jax.storage import _moments
 from adam_jax.storage._blockwise import QuantizedLeaf
-from adam_jax.storage._moments import BlockAbsmax, Stored
-from adam_jax.storage._random_bits import random_bits, second_bits
-from adam_jax.storage._reduced import means, normalize, sums
+from adam_jax.storage._moments import Stored
+from adam_jax.storage._random_bits import Position, random_bits, second_bits
+from adam_jax.storage._reduced import ReducedLeaf, means, normalize, number_leaf, sums
 
 Stages: TypeAlias = tuple[tuple[Rule, tuple[tuple[str, Option], ...]] | None, ...]
 """Rules with their options; None in place of a rule that a mask disables."""
@@ -72,10 +72,30 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
     step = LeafStep(stages, layout, emit_params, by_addition, size, target_platform())
     if seeds is not None:
         operands = operands._replace(seeds=seeds.packed())
-    operands = operands._replace(moments=_moments.map_reduced(normalize, operands.moments))
-    output, moments = execute_leaf(step, operands, sharding)
-    as_means = functools.partial(means, shape=np.shape(operands.update))
-    return Result(output, _moments.map_reduced(as_means, moments))
+    given = operands.moments
+    moments = _moments.map_reduced(normalize, _with_numbers(stages, operands))
+    output, moments = execute_leaf(step, operands._replace(moments=moments), sharding)
+
+    def stored(x: ReducedLeaf, old: PyTree) -> Stored:
+        if _moments.is_number(x):
+            return x.values.reshape(old.shape).astype(old.dtype)
+        return means(x, np.shape(operands.update))
+
+    return Result(output, _moments.map_reduced(stored, moments, given))
+
+
+def _with_numbers(stages: Stages, operands: Operands) -> Moments:
+    """Return the moments of a leaf, those with one number per leaf as a `NumberLeaf`."""
+    ndim = np.ndim(operands.update)
+    dtype = jnp.finfo(arithmetic_dtype(*_moments.dtypes(operands[:4]))).dtype
+    rules = [stage[0] for stage in stages if stage is not None]
+    return [
+        tuple(
+            number_leaf(x, ndim, dtype) if declared.one_per_leaf else x
+            for declared, x in zip(rule.moments.values(), stored, strict=True)
+        )
+        for rule, stored in zip(rules, operands.moments, strict=True)
+    ]
 
 
 def target_platform() -> str:
@@ -138,9 +158,9 @@ class LeafStep(NamedTuple):
             with _promotion(dtype):
                 new_u, *new = _apply(rule, u, decoded, **given, **hyper, **dict(options))
             draw = _no_bits if t is None else functools.partial(self._draw, part, 2 + k)
-            absmax, is_fused = part.block_absmax, self.platform != "cpu"
+            is_fused = self.platform != "cpu"
             encoders.append(
-                functools.partial(_encode, rule, new, old, u, draw, absmax, self.size, is_fused)
+                functools.partial(_encode, rule, new, old, u, draw, part, self.size, is_fused)
             )
             u = new_u
 
@@ -194,14 +214,15 @@ def _encode(
     old: Sequence[Stored],
     received: jax.Array,
     draw: Callable[[jax.Array | None, str], jax.Array | None],
-    block_absmax: BlockAbsmax | None,
+    part: Part,
     size: int,
     is_fused: bool,
     seeds: jax.Array | None,
 ) -> tuple[Stored, ...]:
     """Encode the new moments of one rule in the formats of its old moments.
 
-    A reduced moment is summed over the arrays' axes; `run_leaf` divides it.
+    A reduced moment is summed over the arrays' axes; `run_leaf` divides it. One number per leaf is
+    the sum of its first element and zeros, which is exact.
 
     Only a gradient that isn't finite makes its block NaN. If the square of a finite gradient
     overflows, the largest finite number replaces Inf. A signed moment in the same blocks shows
@@ -213,6 +234,9 @@ def _encode(
         random = not moment.round_down and _moments.needs_random_bits(stored)
         bits = bits_of(name) if random else None
         finite = None if moment.signed else _signed_in_same_blocks(rule, encoded, stored)
+        if _moments.is_number(stored):
+            encoded[name] = sums(jnp.where(_is_first(part.position()), x, 0), stored)
+            continue
         if _moments.is_reduced(stored):
             # no sum overflows, a gradient that isn't finite makes NaN, and NaN stays
             largest = float(jnp.finfo(x.dtype).max) / size
@@ -230,11 +254,17 @@ def _encode(
             # Scales and codes need the same x: two fused copies could round differently. On GPUs,
             # fusing saves a pass over memory, and the margin in `encode` covers an ulp.
             x = jax.lax.optimization_barrier(x)
-        x = _moments.encode(x, stored, bits, block_absmax, **options)
+        x = _moments.encode(x, stored, bits, part.block_absmax, **options)
         if finite is not None and _moments.is_quantized(x):
             x = _moments.with_nan_blocks(x, finite)
         encoded[name] = x
     return tuple(encoded.values())
+
+
+def _is_first(position: Position) -> jax.Array:
+    """Whether each element is the leaf's first."""
+    row, column, lane = position
+    return (row == 0) & (column + lane == 0)
 
 
 def _bits_of_pairs(

@@ -25,6 +25,7 @@ def _state_of(tx: optax.GradientTransformation) -> type[State]:
 
 RmsCounted = _state_of(optax.scale_by_rms(bias_correction=True))
 RStdDevCounted = _state_of(optax.scale_by_stddev(bias_correction=True))
+NovogradState = _state_of(optax.scale_by_novograd())
 WeightDecaySchedule = _state_of(optax.add_decayed_weights(lambda count: 0.0))
 
 OPTAX_STATES: dict[type[State], tuple[str, ...]] = {
@@ -37,6 +38,7 @@ OPTAX_STATES: dict[type[State], tuple[str, ...]] = {
     RmsCounted: ("nu",),
     optax.ScaleByRStdDevState: ("mu", "nu"),
     RStdDevCounted: ("mu", "nu"),
+    NovogradState: ("mu", "nu"),
     optax.TraceState: ("trace",),
     optax.contrib.ScaleByAdemamixState: ("m1", "m2", "nu"),
     optax.contrib.ScaleBySimplifiedAdEMAMixState: ("m", "n"),
@@ -95,7 +97,7 @@ def moments(state: PyTree) -> dict[str, PyTree]:
     Returns:
       a dict such as {"mu": tree, "nu": tree}. Each tree has the parameters' structure and shapes,
       in float32 (float64 and complex leaves keep their dtype). A `storage.mean` has size 1 along
-      its axes.
+      its axes, and NovoGrad's nu is a number per leaf.
 
     Raises:
       ValueError: the state has no moments, or several of one name (with the paths shown).

@@ -32,10 +32,20 @@ class Moment(NamedTuple):
     """A function that returns a lower bound; see `at_least`."""
     bounds_step: bool = False
     """Whether the lower bound limits the step; see `at_least`."""
+    one_per_leaf: bool = False
+    """Whether the state has one number per leaf; see `per_leaf`."""
 
     def starting_at(self, start: float | str) -> Moment:
         """Return the moment, starting at a number or at the named hyperparameter."""
         return self._replace(start=start)
+
+    def per_leaf(self) -> Moment:
+        """Return the moment with one number per leaf, such as a norm, in float32.
+
+        The rule reads and returns an array of the leaf's shape with equal elements. `storage=`
+        doesn't apply to it.
+        """
+        return self._replace(one_per_leaf=True)
 
     def at_least(self, bound: Callable[..., Any], *, bounds_step: bool = False) -> Moment:
         """Return the moment, clamped to at least `bound(…)` when read from lossy storage.
@@ -124,8 +134,8 @@ def rule(*bare: Any, **moments: Moment) -> Callable[[Callable[..., Any]], Rule]:
 
     Args:
       **moments: `signed`, `positive`, or `running_max`, keyed by the name of the state's field.
-        `.starting_at(…)` sets a start other than 0, and `.at_least(…)` sets a lower bound for
-        lossy storage.
+        `.starting_at(…)` sets a start other than 0, `.per_leaf()` keeps one number per leaf, and
+        `.at_least(…)` sets a lower bound for lossy storage.
 
     Raises:
       TypeError: the function's arguments aren't the gradient and the declared moments in order.

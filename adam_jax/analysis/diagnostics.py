@@ -14,7 +14,7 @@ import optax
 from adam_jax import rules
 from adam_jax._engine import parts
 from adam_jax._engine.chain import evaluate
-from adam_jax._engine.state import moment_fields, named_tuples, stored_moments
+from adam_jax._engine.state import NovogradState, moment_fields, named_tuples, stored_moments
 from adam_jax._engine.transformation import (
     Transformation,
     describe,
@@ -283,7 +283,8 @@ def _pairs(state: PyTree, settings: Settings, step: jax.Array) -> Iterator[Pair]
 
 
 def _has_mu_and_nu(state: PyTree) -> bool:
-    return {"mu", "nu"} <= set(moment_fields(state))
+    per_element = not isinstance(state, NovogradState)
+    return {"mu", "nu"} <= set(moment_fields(state)) and per_element
 
 
 def _leaves(tree: PyTree) -> Leaves:

@@ -15,6 +15,7 @@ from adam_jax.optimizers.lamb import lamb
 from adam_jax.optimizers.laprop import laprop, scale_by_laprop
 from adam_jax.optimizers.lion import lion, scale_by_lion
 from adam_jax.optimizers.nadam import nadam, nadamw, scale_by_nadam
+from adam_jax.optimizers.novograd import novograd, scale_by_novograd
 from adam_jax.optimizers.radam import radam, scale_by_radam
 from adam_jax.optimizers.rmsprop import rmsprop, scale_by_rms, scale_by_stddev
 from adam_jax.optimizers.schedule_free_adamw import schedule_free_adamw, schedule_free_eval_params
@@ -44,6 +45,7 @@ __all__ = [
     "lion",
     "nadam",
     "nadamw",
+    "novograd",
     "radam",
     "rmsprop",
     "scale_by_adam",
@@ -58,6 +60,7 @@ __all__ = [
     "scale_by_laprop",
     "scale_by_lion",
     "scale_by_nadam",
+    "scale_by_novograd",
     "scale_by_radam",
     "scale_by_rms",
     "scale_by_rule",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from adam_jax._util import errors
 from adam_jax._util.declare import Moment
@@ -29,7 +29,15 @@ from adam_jax.storage._policy import (
     is_function,
     is_reduction,
 )
-from adam_jax.storage._reduced import Factored, FactoredLeaf, Mean, MeanLeaf, ReducedLeaf, Reduction
+from adam_jax.storage._reduced import (
+    Factored,
+    FactoredLeaf,
+    Mean,
+    MeanLeaf,
+    NumberLeaf,
+    ReducedLeaf,
+    Reduction,
+)
 
 Stored: TypeAlias = jax.Array | QuantizedLeaf | ReducedLeaf
 """One leaf of a moment, as stored in the state."""
@@ -232,9 +240,14 @@ def is_lossy(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
     return isinstance(stored, (QuantizedLeaf, FactoredLeaf, MeanLeaf))
 
 
+def is_number(stored: Stored) -> TypeGuard[NumberLeaf]:
+    """Whether one leaf of a moment is one number, which is exact."""
+    return isinstance(stored, NumberLeaf)
+
+
 def any_lossy(moments: Sequence[Sequence[Stored]]) -> bool:
-    """Whether any moment of a leaf is quantized or reduced."""
-    return any(is_lossy(x) for each in moments for x in each)
+    """Whether any moment of a leaf is quantized, or reduced to a mean."""
+    return any(is_lossy(x) and not is_number(x) for each in moments for x in each)
 
 
 def any_bfloat16(moments: Sequence[Sequence[Stored]]) -> bool:
@@ -265,6 +278,8 @@ def dtypes(operands: PyTree) -> list[np.dtype]:
 
 def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: Numeric) -> PyTree:
     """Return the initial moment, in several trees if any leaf may be quantized or reduced."""
+    if declared.one_per_leaf:
+        return _start_per_leaf(params, value)
 
     def arrays(path: KeyPath, leaf: PyTree) -> list[jax.Array]:
         kept = format_of(storage, name, declared, path, leaf)
@@ -301,6 +316,17 @@ def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: 
     return kind(*map(treedef.unflatten, (first, *others)))
 
 
+def _start_per_leaf(params: PyTree, value: Numeric) -> PyTree:
+    """Return the initial moment with one number per leaf."""
+
+    def number(leaf: PyTree) -> jax.Array:
+        dtype = arithmetic_dtype(jnp.result_type(leaf))  # complex for complex leaves, as in Optax
+        return _shard_like(jnp.full((), value, dtype), leaf)
+
+    boxed, treedef = jax.tree.flatten(params, is_leaf=is_box)
+    return treedef.unflatten([number(unbox(box)) for box in boxed])
+
+
 def _shard_like(scales: jax.Array, leaf: PyTree) -> jax.Array:
     """Shard scales like their leaf, along the axes that the mesh divides evenly.
 
@@ -310,7 +336,8 @@ def _shard_like(scales: jax.Array, leaf: PyTree) -> jax.Array:
     sharding = jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return scales
-    spec = drop_indivisible(sharding.mesh, sharding.spec, scales.shape)
+    entries = sharding.spec[: scales.ndim]
+    spec = drop_indivisible(sharding.mesh, P(*entries), scales.shape)
     target = NamedSharding(sharding.mesh, spec)
     if not traced:
         return jax.device_put(scales, target)

@@ -36,7 +36,7 @@ def run(rule, grads, **kw):
 
 
 def with_optax(tx, grads, params=None):
-    us = []
+    us, params = [], 0 * grads[0] if params is None else params
     with jax.enable_x64(True):
         s = tx.init(jax.numpy.asarray(grads[0]) * 0)
         update = jax.jit(tx.update)
@@ -101,6 +101,8 @@ OPTAX = [
     (ref.ademamix, optax.contrib.scale_by_ademamix, ADAM | dict(b3=0.999, alpha=2.0)),
     (ref.simplified_ademamix, optax.contrib.scale_by_simplified_ademamix, {}),
     (ref.simplified_ademamix, optax.contrib.scale_by_simplified_ademamix, dict(alpha=3.0)),
+    (ref.novograd, optax.scale_by_novograd, {}),
+    (ref.novograd, optax.scale_by_novograd, dict(b1=0.8, b2=0.9, eps=1e-6, eps_root=1e-6)),
     (ref.lion, optax.scale_by_lion, {}),
     (ref.lion, optax.scale_by_lion, dict(mode="smooth", smooth_beta=2.0)),
     (ref.lion, optax.scale_by_lion, dict(mode="refined")),

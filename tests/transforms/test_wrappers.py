@@ -11,6 +11,7 @@ import pytest
 import adam_jax
 import reference
 from helpers import (
+    DECAYED,
     FINISHED,
     every_optimizer,
     gradients_with_everything,
@@ -59,7 +60,7 @@ def test_cautious_and_grams_refuse_a_finished_optimizer(name, wrapper):
             getattr(adam_jax, wrapper)(tx)
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", DECAYED)
 def test_cautious_true_masks_the_direction_before_the_decay(name):
     g = gradients_with_everything(12).astype(np.float32)
     params = jnp.ones_like(g[0])
