@@ -22,7 +22,7 @@ from adam_jax.transforms.master_weights import (
 )
 from adam_jax.transforms.previous_norm import clip_to_previous_norm
 from adam_jax.transforms.tunable import get_hyperparams, set_hyperparams, tunable
-from adam_jax.transforms.wrappers import cautious, grams, mars
+from adam_jax.transforms.wrappers import cautious, grams, grokfast, mars
 from adam_jax.transforms.zero import state_sharding, zero1
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ __all__ = [
     "get_master_weights",
     "gradient_release",
     "grams",
+    "grokfast",
     "groups",
     "interop",
     "mars",

@@ -419,6 +419,16 @@ def mars(g, g_prev, *, mean, gamma, b1, size):
     return c / jnp.maximum(1, norm), g
 
 
+@rule(slow=signed)
+def grokfast(g, slow, *, t, alpha, lamb):
+    """Lee et al. (2024), Grokfast, Algorithm 2: amplify the slow part of the gradients.
+
+    `slow` starts at the first gradient, as in the authors' code.
+    """
+    slow = jnp.where(t == 1, g, ema(alpha, slow, g))
+    return g + lamb * slow, slow
+
+
 @rule(z=signed)
 def schedule_free(u, z, *, p, b1, share):
     """Defazio et al. (2024), equations 3-5: z is stepped, x averages z, and y is trained.

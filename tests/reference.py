@@ -486,6 +486,16 @@ def mars(g, g_prev, *, gamma=0.025, b1=0.95):
     return c / max(1.0, np.linalg.norm(c.ravel()))
 
 
+def grokfast(g, s, *, t, alpha=0.98, lamb=2.0):
+    """Lee et al. (2024), Grokfast, Algorithm 2 (EMA): the gradient plus its amplified average.
+
+    Differing copies: defaults of the authors' code, alpha = 0.99 and lamb = 5.
+    Checked: the authors' gradfilter_ema (ironjr/grokfast), transcribed, 0.
+    """
+    slow = g if t == 1 else ema(alpha, s["slow"], g)
+    return g + lamb * slow, {"slow": slow}
+
+
 def trust_ratio(u, p):
     """You et al. (2020), LAMB, Algorithm 2 with phi(x) = x: give u the norm of p.
 

@@ -18,7 +18,7 @@ from adam_jax._engine.transformation import (
 )
 from adam_jax._util import errors
 from adam_jax._util.declare import Rule
-from adam_jax._util.typing import FROM_ZERO, DecayRate, NonNegative, PyTree
+from adam_jax._util.typing import FROM_ZERO, UNIT, DecayRate, NonNegative, PyTree
 from adam_jax.optimizers.from_rule import scale_by_rule
 from adam_jax.storage import Storage
 from adam_jax.transforms.chain import chain
@@ -90,6 +90,40 @@ def mars(
         errors.in_range("gamma", gamma, FROM_ZERO)
     corrected = scale_by_rule(rules.mars, storage=storage, implementation=implementation, **given)
     return with_repr(chain(corrected, tx), f"mars({tx!r}, gamma={gamma}, b1={b1})")
+
+
+def grokfast(
+    tx: optax.GradientTransformation,
+    alpha: DecayRate = 0.98,
+    lamb: NonNegative = 2.0,
+    *,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Pass g + lamb·slow to `tx`, where slow averages the gradients: Grokfast-EMA.
+
+    It shortens the delay until a small model that has memorized its data generalizes. The state is
+    the pair (state with slow, state of `tx`).
+    Source: Lee et al. (2024), Grokfast: Accelerated Grokking by Amplifying Slow Gradients,
+    arXiv:2405.20233, Algorithm 2.
+
+    Args:
+      tx: a direction or an optimizer.
+      alpha: in [0, 1), the decay rate of the average gradient.
+      lamb: ≥ 0, the weight of the average gradient.
+
+    >>> import adam_jax
+    >>> tx = grokfast(adam_jax.adamw(1e-3, weight_decay=1.0))
+    """
+    given: dict[str, PyTree] = {"alpha": alpha, "lamb": lamb}
+    with errors.error_context("grokfast"):
+        errors.transformation("tx", tx, "grokfast(tx)")
+        errors.in_range("alpha", alpha, UNIT)
+        errors.in_range("lamb", lamb, FROM_ZERO)
+    amplified = scale_by_rule(
+        rules.grokfast, storage=storage, implementation=implementation, **given
+    )
+    return with_repr(chain(amplified, tx), f"grokfast({tx!r}, alpha={alpha}, lamb={lamb})")
 
 
 def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:

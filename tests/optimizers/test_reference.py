@@ -224,6 +224,16 @@ def nadam_algoperf(grads, b1=0.9, b2=0.999, eps=1e-8):
     return np.stack(us)
 
 
+def grokfast_authors(grads, alpha=0.98, lamb=2.0):
+    """ironjr/grokfast, gradfilter_ema: the average is made from the first gradient, then moved."""
+    us, average = [], None
+    for g in grads:
+        average = g if average is None else average
+        average = average * alpha + g * (1 - alpha)
+        us.append(g + average * lamb)
+    return np.stack(us)
+
+
 def eps_hat_by_adam(grads):
     s, us = {}, []
     for t, g in enumerate(grads, 1):
@@ -248,6 +258,7 @@ def atan2_by_angle(grads, b1=0.9, b2=0.999, a=1.27, b=1.0):
     [
         (ref.adan, adan_authors),
         (functools.partial(ref.nadam, correction="algoperf"), nadam_algoperf),
+        (ref.grokfast, grokfast_authors),
         (ref.laprop, laprop_authors),
         (ref.stable_adamw, stable_adamw_authors),
         (ref.adam_eps_hat, eps_hat_by_adam),

@@ -16,6 +16,7 @@ from helpers import (
     every_optimizer,
     gradients_with_everything,
     run_reference,
+    says,
     updates_over,
 )
 
@@ -40,6 +41,25 @@ def test_mars_corrects_the_gradient_for_its_direction():
     previous = [np.zeros_like(g[0]), *g[:-1]]
     c = [reference.mars(a, b) for a, b in zip(g, previous, strict=True)]
     np.testing.assert_allclose(got, run_reference("adam", np.stack(c)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.standard_promotion
+def test_grokfast_passes_amplified_gradients_to_any_optimizer():
+    g = gradients_with_everything(20)
+    given = {"alpha": 0.9, "lamb": 3.0}
+    with jax.enable_x64(True):
+        ours = updates_over(adam_jax.grokfast(adam_jax.adam(1.0), **given), g)
+        theirs = updates_over(adam_jax.grokfast(optax.adam(1.0), **given), g)
+    expected = -run_reference("adam", run_reference("grokfast", g, **given))
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(theirs, expected, rtol=1e-9, atol=1e-12)
+    assert set(adam_jax.moments(adam_jax.grokfast(adam_jax.adam(1.0)).init(1.0))) == {
+        "slow",
+        "mu",
+        "nu",
+    }
+    with pytest.raises(ValueError, match=says("grokfast", "alpha", "[0, 1)", "1.0")):
+        adam_jax.grokfast(adam_jax.adam(1.0), alpha=1.0)
 
 
 def test_wrappers_compose():
