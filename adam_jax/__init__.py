@@ -15,6 +15,7 @@ from adam_jax.transforms.chain import chain
 from adam_jax.transforms.clip import clip_by_global_norm
 from adam_jax.transforms.gradient_release import gradient_release
 from adam_jax.transforms.groups import groups
+from adam_jax.transforms.hyperball import hyperball
 from adam_jax.transforms.master_weights import (
     get_master_weights,
     master_weights,
@@ -46,6 +47,7 @@ __all__ = [
     "grams",
     "grokfast",
     "groups",
+    "hyperball",
     "interop",
     "mars",
     "master_weights",

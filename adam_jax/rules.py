@@ -29,6 +29,7 @@ from adam_jax._util.numerics import (
     least_norm,
     least_square,
     momentum_product,
+    norm,
     sqrt,
 )
 
@@ -406,6 +407,21 @@ def trust_ratio(u, *, p, mean):
     p_sq, u_sq = mean(abs_sq(p), abs_sq(u))
     ratio = sqrt(p_sq / jnp.maximum(u_sq, 1e-37))
     return u * jnp.where((p_sq > 0) & (u_sq > 0), ratio, 1)
+
+
+@rule(radius=positive.per_leaf().starting_at(norm))
+def hyperball(u, radius, *, p, mean, size, learning_rate):
+    """Wen et al. (2026), Hyperball: W ← R·n(W - η·R·n(u)), n(x) = x/‖x‖, R = ‖W‖ at the start.
+
+    With W' = W - a·u, ‖W'‖² = ‖W‖² - 2a⟨W,u⟩ + a²‖u‖² takes no second pass. A leaf with R = 0
+    takes the step -η·u.
+    """
+    p_sq, u_sq, inner = (size * x for x in mean(abs_sq(p), abs_sq(u), (p.conj() * u).real))
+    a = jnp.where(u_sq > 0, learning_rate * radius / sqrt(jnp.where(u_sq > 0, u_sq, 1)), 0)
+    new_sq = p_sq - 2 * a * inner + a * a * u_sq
+    scale = jnp.where(new_sq > 0, radius / sqrt(jnp.where(new_sq > 0, new_sq, 1)), 1)
+    step = (scale - 1) * p - scale * a * u
+    return jnp.where(radius > 0, step, -learning_rate * u), radius
 
 
 @rule(g_prev=signed)

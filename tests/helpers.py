@@ -52,12 +52,13 @@ def mars_reference(g, s, *, t, gamma=0.025, b1=0.95):
     return reference.mars(g, previous, gamma=gamma, b1=b1), {"g_prev": g}
 
 
+STEPS = ("hyperball", "schedule_free")
 EVERY_RULE = {**adam_jax.rules.RULES, "homemade": homemade}
 REFERENCES = {"homemade": homemade_reference, "mars": mars_reference}
 RULES = {
     "homemade": homemade,
-    # every rule that makes a direction; schedule_free steps the parameter
-    **{k: r for k, r in adam_jax.rules.RULES.items() if r.moments and k != "schedule_free"},
+    # every rule that makes a direction; some step the parameter
+    **{k: r for k, r in adam_jax.rules.RULES.items() if r.moments and k not in STEPS},
 }
 REFERENCES = {name: f for name, f in vars(reference).items() if name in RULES} | REFERENCES
 if missing := RULES.keys() - REFERENCES.keys():

@@ -506,6 +506,18 @@ def trust_ratio(u, p):
     return u * (p_norm / u_norm if p_norm > 0 and u_norm > 0 else 1.0)
 
 
+def hyperball(u, p, radius, *, learning_rate):
+    """Wen et al. (2026), Hyperball: the new parameter, R n(p - lr R n(u)) with n(x) = x / ||x||.
+
+    radius is R, the norm of the first p. A zero u only scales p to R.
+    Differing copies: Levanter's first version takes the norm of the current p for R.
+    Checked: Levanter's AdamH (marin-community/marin, _adamh_projected_update), transcribed, 4e-16.
+    """
+    u_norm = np.linalg.norm(u.ravel())
+    new = p - learning_rate * radius * u / u_norm if u_norm > 0 else p
+    return radius * new / np.linalg.norm(new.ravel())
+
+
 def decoupled(u, p, weight_decay):
     """Loshchilov & Hutter (2019), Algorithm 2 as libraries have it: lr times (u + weight_decay p).
 

@@ -132,7 +132,7 @@ def supports(operands: Operands) -> bool:
 
 def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run the step in a kernel, or tile by tile if kernels don't support the leaf."""
-    if not supports(operands):
+    if step.batch_axes or not supports(operands):
         return tiled.execute_leaf(step, operands, sharding)
     if step.platform not in TARGETS:
         raise NotImplementedError(

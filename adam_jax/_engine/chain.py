@@ -41,10 +41,10 @@ from adam_jax._util.declare import Moment, Option, Rule
 from adam_jax._util.numerics import Decay, decay_rate
 from adam_jax._util.partition_specs import known_shardings
 from adam_jax._util.paths import Key, is_box, keys, map_with_path, rebox, unbox
-from adam_jax._util.typing import KeyPath, Mask, Numeric, PyTree, ScalarOrSchedule
+from adam_jax._util.typing import KeyPath, Mask, PyTree, ScalarOrSchedule
 from adam_jax.storage import MIN_SIZE, Storage, _moments, _policy
 from adam_jax.storage._blockwise import QuantizedLeaf
-from adam_jax.storage._moments import Stored
+from adam_jax.storage._moments import Start, Stored
 
 Scalar: TypeAlias = np.float64 | jax.Array | Decay
 """The value of a hyperparameter in one step."""
@@ -61,7 +61,7 @@ class Link:
     """The rule's moments, with the lower bounds that these hyperparameters give."""
     scalars: Mapping[str, Scalar]
     """The hyperparameters that are Python numbers, converted once."""
-    starts: Mapping[str, Numeric]
+    starts: Mapping[str, Start]
     """The initial value of each moment."""
     options: tuple[tuple[str, Option], ...]
     storage: Storage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -22,7 +23,7 @@ from adam_jax._util.typing import PyTree
 from adam_jax.storage import _moments
 from adam_jax.storage._blockwise import QuantizedLeaf
 from adam_jax.storage._moments import Stored
-from adam_jax.storage._random_bits import Position, random_bits, second_bits
+from adam_jax.storage._random_bits import random_bits, second_bits
 from adam_jax.storage._reduced import ReducedLeaf, means, normalize, number_leaf, sums
 
 Stages: TypeAlias = tuple[tuple[Rule, tuple[tuple[str, Option], ...]] | None, ...]
@@ -68,8 +69,8 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
     `operands.moments` has only the moments of rules that act on the leaf.
     """
     stages, layout, execute_leaf, emit_params, by_addition, sharding = settings
-    size = np.size(operands.update)
-    step = LeafStep(stages, layout, emit_params, by_addition, size, target_platform())
+    shape, batches = np.shape(operands.update), _batch_axes(stages, operands.moments)
+    step = LeafStep(stages, layout, emit_params, by_addition, shape, batches, target_platform())
     if seeds is not None:
         operands = operands._replace(seeds=seeds.packed())
     given = operands.moments
@@ -79,9 +80,21 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
     def stored(x: ReducedLeaf, old: PyTree) -> Stored:
         if _moments.is_number(x):
             return x.values.reshape(old.shape).astype(old.dtype)
-        return means(x, np.shape(operands.update))
+        return means(x, shape)
 
     return Result(output, _moments.map_reduced(stored, moments, given))
+
+
+def _batch_axes(stages: Stages, moments: Moments) -> tuple[int, ...]:
+    """Return how many first axes are a batch for each active rule: its numbers have these axes."""
+    rules = [stage[0] for stage in stages if stage is not None]
+    return tuple(
+        max(
+            (np.ndim(x) for m, x in zip(rule.moments.values(), xs, strict=True) if m.one_per_leaf),
+            default=0,
+        )
+        for rule, xs in zip(rules, moments, strict=True)
+    )
 
 
 def _with_numbers(stages: Stages, operands: Operands) -> Moments:
@@ -117,18 +130,24 @@ def target_platform() -> str:
 
 
 class LeafStep(NamedTuple):
-    """The `Step` of a leaf with `size` elements, or of a part of that leaf."""
+    """The `Step` of a leaf of this shape, or of a part of that leaf."""
 
     stages: Stages
     layout: Layout
     emit_params: bool
     by_addition: bool
-    size: int
+    shape: tuple[int, ...]
+    batches: tuple[int, ...]
+    """How many first axes are a batch, for each rule that acts on the leaf."""
     platform: str
 
     @property
     def aliased(self) -> Aliased:
         return Aliased.PARAM if self.emit_params else Aliased.UPDATE
+
+    @property
+    def batch_axes(self) -> int:
+        return max(self.batches, default=0)
 
     @property
     def uses_mean(self) -> bool:
@@ -146,22 +165,19 @@ class LeafStep(NamedTuple):
         inputs = {
             "g": u if g is None else g.astype(dtype),
             "p": p,
-            "mean": functools.partial(_mean, part),
-            "size": float(self.size),
         }
         encoders: list[Callable[[jax.Array | None], tuple[Stored, ...]]] = []
         active = [(k, stage) for k, stage in enumerate(self.stages) if stage is not None]
-        for (k, (rule, options)), old in zip(active, stored, strict=True):
+        for (k, (rule, options)), old, batch in zip(active, stored, self.batches, strict=True):
             t, hyper = hyperparams[k]
+            inputs["mean"] = functools.partial(_mean, part, batch)
+            inputs["size"] = float(math.prod(self.shape[batch:]))
             given = {name: t if name == "t" else inputs[name] for name in rule.inputs}
             decoded = _decode(rule, old, hyper, dtype, u.shape)
             with _promotion(dtype):
                 new_u, *new = _apply(rule, u, decoded, **given, **hyper, **dict(options))
             draw = _no_bits if t is None else functools.partial(self._draw, part, 2 + k)
-            is_fused = self.platform != "cpu"
-            encoders.append(
-                functools.partial(_encode, rule, new, old, u, draw, part, self.size, is_fused)
-            )
+            encoders.append(functools.partial(_encode, self, batch, rule, new, old, u, draw, part))
             u = new_u
 
         if self.emit_params:
@@ -198,9 +214,11 @@ def unpack(scalars: jax.Array, layout: Layout) -> PyTree:
     return layout.unflatten([jax.lax.squeeze(x, (0,)) for x in parts])
 
 
-def _mean(part: Part, x: jax.Array, *more: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
-    """Return the mean of each array over the whole leaf."""
-    means = tuple(part.mean([x, *more]))
+def _mean(
+    part: Part, batch_axes: int, x: jax.Array, *more: jax.Array
+) -> jax.Array | tuple[jax.Array, ...]:
+    """Return the mean of each array over the whole leaf, or over each entry of its first axes."""
+    means = tuple(part.mean([x, *more], batch_axes))
     return means if more else means[0]
 
 
@@ -209,14 +227,14 @@ def _no_bits(seeds: jax.Array | None, name: str) -> None:
 
 
 def _encode(
+    step: LeafStep,
+    batch_axes: int,
     rule: Rule,
     new: Sequence[jax.Array],
     old: Sequence[Stored],
     received: jax.Array,
     draw: Callable[[jax.Array | None, str], jax.Array | None],
     part: Part,
-    size: int,
-    is_fused: bool,
     seeds: jax.Array | None,
 ) -> tuple[Stored, ...]:
     """Encode the new moments of one rule in the formats of its old moments.
@@ -235,11 +253,11 @@ def _encode(
         bits = bits_of(name) if random else None
         finite = None if moment.signed else _signed_in_same_blocks(rule, encoded, stored)
         if _moments.is_number(stored):
-            encoded[name] = sums(jnp.where(_is_first(part.position()), x, 0), stored)
+            encoded[name] = sums(jnp.where(_is_first(part, step.shape, batch_axes), x, 0), stored)
             continue
         if _moments.is_reduced(stored):
             # no sum overflows, a gradient that isn't finite makes NaN, and NaN stays
-            largest = float(jnp.finfo(x.dtype).max) / size
+            largest = float(jnp.finfo(x.dtype).max) / math.prod(step.shape)
             x = jnp.where(x > largest, largest, x) + 0 * jnp.abs(received)
             encoded[name] = sums(x, stored)
             continue
@@ -250,7 +268,7 @@ def _encode(
             "round_down": moment.round_down,
             "saturate": finite is not None,
         }
-        if _moments.is_quantized(stored) and not is_fused:
+        if _moments.is_quantized(stored) and step.platform == "cpu":
             # Scales and codes need the same x: two fused copies could round differently. On GPUs,
             # fusing saves a pass over memory, and the margin in `encode` covers an ulp.
             x = jax.lax.optimization_barrier(x)
@@ -261,9 +279,11 @@ def _encode(
     return tuple(encoded.values())
 
 
-def _is_first(position: Position) -> jax.Array:
-    """Whether each element is the leaf's first."""
-    row, column, lane = position
+def _is_first(part: Part, shape: tuple[int, ...], batch_axes: int) -> jax.Array:
+    """Whether each element is the first of the leaf, or of an entry of its batch axes."""
+    row, column, lane = part.position()
+    if batch_axes:
+        row = row % np.uint32(math.prod(shape[batch_axes:-1]))
     return (row == 0) & (column + lane == 0)
 
 

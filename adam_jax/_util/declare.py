@@ -22,7 +22,7 @@ class Moment(NamedTuple):
     """The declared properties of a moment."""
 
     signed: bool
-    start: float | str = 0.0
+    start: float | str | Callable[..., Any] = 0.0
     average: bool = True
     """Whether it is an exponential average, so that the mean over an axis is an average, too."""
     round_down: bool = False
@@ -35,8 +35,11 @@ class Moment(NamedTuple):
     one_per_leaf: bool = False
     """Whether the state has one number per leaf; see `per_leaf`."""
 
-    def starting_at(self, start: float | str) -> Moment:
-        """Return the moment, starting at a number or at the named hyperparameter."""
+    def starting_at(self, start: float | str | Callable[..., Any]) -> Moment:
+        """Return the moment, starting at a number or at the named hyperparameter.
+
+        One number per leaf may start at a function of the parameter.
+        """
         return self._replace(start=start)
 
     def per_leaf(self) -> Moment:

@@ -6,6 +6,7 @@ from adam_jax.optimizers.adam import adam, adamw, scale_by_adam
 from adam_jax.optimizers.adam_atan2 import adam_atan2, scale_by_adam_atan2
 from adam_jax.optimizers.adam_s import adam_s, scale_by_adam_s
 from adam_jax.optimizers.adamax import adamax, adamaxw, scale_by_adamax
+from adam_jax.optimizers.adamh import adamh
 from adam_jax.optimizers.adan import adan, scale_by_adan
 from adam_jax.optimizers.ademamix import ademamix, scale_by_ademamix
 from adam_jax.optimizers.adopt import adopt, scale_by_adopt
@@ -34,6 +35,7 @@ __all__ = [
     "adam_s",
     "adamax",
     "adamaxw",
+    "adamh",
     "adamw",
     "adan",
     "ademamix",

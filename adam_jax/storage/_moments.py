@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from adam_jax._util.declare import Moment
 from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.partition_specs import drop_indivisible
 from adam_jax._util.paths import Key, by_key, is_box, rebox, rebox_reduced, unbox
-from adam_jax._util.typing import KeyPath, Numeric, PyTree
+from adam_jax._util.typing import KeyPath, PyTree
 from adam_jax.storage import _blockwise, _dense, _reduced
 from adam_jax.storage._blockwise import Code, Options, Quantized, QuantizedLeaf
 from adam_jax.storage._formats import code_of, is_format
@@ -41,6 +41,9 @@ from adam_jax.storage._reduced import (
 
 Stored: TypeAlias = jax.Array | QuantizedLeaf | ReducedLeaf
 """One leaf of a moment, as stored in the state."""
+
+Start: TypeAlias = Any
+"""The initial value of a moment; for one number per leaf, also a function of the leaf."""
 
 BlockAbsmax: TypeAlias = Callable[[jax.Array, int], jax.Array]
 """(a part of a leaf, block size) → the largest magnitude of each whole block."""
@@ -245,6 +248,11 @@ def is_number(stored: Stored) -> TypeGuard[NumberLeaf]:
     return isinstance(stored, NumberLeaf)
 
 
+def any_of_other_shape(moments: Sequence[Sequence[Stored]]) -> bool:
+    """Whether any moment of a leaf is stored in arrays of other shapes than the leaf's."""
+    return any(is_lossy(x) for each in moments for x in each)
+
+
 def any_lossy(moments: Sequence[Sequence[Stored]]) -> bool:
     """Whether any moment of a leaf is quantized, or reduced to a mean."""
     return any(is_lossy(x) and not is_number(x) for each in moments for x in each)
@@ -276,7 +284,7 @@ def dtypes(operands: PyTree) -> list[np.dtype]:
     return [x.scales.dtype if is_quantized(x) else x.dtype for x in kept]
 
 
-def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: Numeric) -> PyTree:
+def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: Start) -> PyTree:
     """Return the initial moment, in several trees if any leaf may be quantized or reduced."""
     if declared.one_per_leaf:
         return _start_per_leaf(params, value)
@@ -316,12 +324,13 @@ def start(storage: Storage, name: str, declared: Moment, params: PyTree, value: 
     return kind(*map(treedef.unflatten, (first, *others)))
 
 
-def _start_per_leaf(params: PyTree, value: Numeric) -> PyTree:
-    """Return the initial moment with one number per leaf."""
+def _start_per_leaf(params: PyTree, value: Start) -> PyTree:
+    """Return the initial moment with one number per leaf, a function of the leaf or a constant."""
 
     def number(leaf: PyTree) -> jax.Array:
         dtype = arithmetic_dtype(jnp.result_type(leaf))  # complex for complex leaves, as in Optax
-        return _shard_like(jnp.full((), value, dtype), leaf)
+        x = value(jnp.asarray(leaf, dtype)) if callable(value) else value
+        return _shard_like(jnp.asarray(x, dtype), leaf)
 
     boxed, treedef = jax.tree.flatten(params, is_leaf=is_box)
     return treedef.unflatten([number(unbox(box)) for box in boxed])

@@ -129,8 +129,7 @@ def grokfast(
 def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
     with errors.error_context(rule.name):
         errors.transformation("tx", tx, f"{rule.name}(tx)")
-    if any(link.rule is rules.descend for _, link in links_of(tx)) or _descends(tx):
-        errors.finished(rule.name, describe(tx))
+    refuse_finished(rule.name, tx)
     inner = optax.with_extra_args_support(tx)
     follower = Chain(rule.name, (link(rule, {}),), "auto", bare=True)
     follow = errors.error_context(rule.name)(follower.step)
@@ -148,6 +147,12 @@ def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
 
     parts = (tx, follower.transformation())
     return transformation_of(parts, tx.init, update, f"{rule.name}({tx!r})")
+
+
+def refuse_finished(wrapper: str, tx: optax.GradientTransformation) -> None:
+    """Raise if the updates of a transformation point against the gradient."""
+    if any(link.rule is rules.descend for _, link in links_of(tx)) or _descends(tx):
+        errors.finished(wrapper, describe(tx))
 
 
 def _descends(tx: optax.GradientTransformation) -> bool:

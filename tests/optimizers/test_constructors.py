@@ -13,7 +13,7 @@ CONSTRUCTORS = {entry.name: entry.constructor for entry in adam_jax.catalogue()}
 DIRECTIONS = {n: getattr(adam_jax, n) for n in adam_jax.__all__ if n.startswith("scale_by_")}
 del DIRECTIONS["scale_by_rule"]
 
-OWN_DECAY = ("novograd", "schedule_free_adamw")
+OWN_DECAY = ("adamh", "novograd", "schedule_free_adamw")
 
 every_function = pytest.mark.parametrize("name", {**CONSTRUCTORS, **DIRECTIONS})
 

@@ -302,6 +302,28 @@ def test_trust_ratio_equals_optax():
     np.testing.assert_array_equal(ref.trust_ratio(p, 0 * p), p)
 
 
+def adamh_levanter(p, grads, lr, b1=0.9, b2=0.95, eps=1e-8):
+    """Step as marin-community/marin's _adamh_projected_update, which adds a projected update."""
+    target, m, v = np.sqrt(np.sum(p**2)), 0.0, 0.0
+    for k, g in enumerate(grads, 1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        u = m / (1 - b1**k) / (np.sqrt(v / (1 - b2**k)) + eps)
+        length = np.sqrt(np.sum(u**2))
+        projected = np.sum(p**2) - 2 * lr * target * np.sum(p * u) / length + lr**2 * target**2
+        ratio = target / np.sqrt(projected)
+        p = p + p * (ratio - 1) - u * (lr * target * ratio / length)
+    return p
+
+
+def test_hyperball_equals_levanters_adamh():
+    p = q = np.linspace(-2, 2, 48).reshape(8, 6)
+    grads, s = gradients(), {}
+    for t, g in enumerate(grads, 1):
+        u, s = ref.adam(g, s, t=t, b2=0.95)
+        q = ref.hyperball(u, q, np.linalg.norm(p), learning_rate=0.05)
+    assert_close(q, adamh_levanter(p, grads, 0.05))
+
+
 def test_cautious_and_grams_equal_values_found_by_hand():
     u, g = np.array([1.0, -2.0, 3.0, 4.0]), np.array([5.0, 6.0, -7.0, 0.0])
     np.testing.assert_array_equal(ref.cautious(u, g), [4, 0, 0, 0])
