@@ -158,7 +158,7 @@ def encode(x: jax.Array, stored: ReducedLeaf) -> ReducedLeaf:
     return type(stored)(*(a.astype(b.dtype) for a, b in zip(new, stored, strict=True)))
 
 
-def number_leaf(x: jax.Array, ndim: int, dtype: jax.typing.DTypeLike) -> NumberLeaf:
+def number_leaf(x: PyTree, ndim: int, dtype: jax.typing.DTypeLike) -> NumberLeaf:
     """Return the number of a leaf with `ndim` axes, with size 1 along the axes that it lacks."""
     return NumberLeaf(jnp.reshape(x, (*x.shape, *[1] * (ndim - x.ndim))).real.astype(dtype))
 
