@@ -2,7 +2,7 @@
 
 from adam_jax import diagnostics, interop, optimizers, rules, schedules, storage
 from adam_jax._engine.apply import apply
-from adam_jax._engine.state import moments, step_count
+from adam_jax._engine.state import moments, reset_step_count, step_count
 from adam_jax._util.declare import initial_param, positive, rule, running_max, scalar, signed
 from adam_jax._util.numerics import abs_sq, debias, ema, sqrt
 from adam_jax._util.paths import matching, not_matching
@@ -15,6 +15,7 @@ from adam_jax.transforms.chain import chain
 from adam_jax.transforms.clip import clip_by_global_norm
 from adam_jax.transforms.gradient_release import gradient_release
 from adam_jax.transforms.groups import groups
+from adam_jax.transforms.hyperball import hyperball
 from adam_jax.transforms.master_weights import (
     get_master_weights,
     master_weights,
@@ -22,7 +23,7 @@ from adam_jax.transforms.master_weights import (
 )
 from adam_jax.transforms.previous_norm import clip_to_previous_norm
 from adam_jax.transforms.tunable import get_hyperparams, set_hyperparams, tunable
-from adam_jax.transforms.wrappers import cautious, grams, mars
+from adam_jax.transforms.wrappers import cautious, grams, grokfast, mars
 from adam_jax.transforms.zero import state_sharding, zero1
 
 __version__ = "0.1.0"
@@ -44,7 +45,9 @@ __all__ = [
     "get_master_weights",
     "gradient_release",
     "grams",
+    "grokfast",
     "groups",
+    "hyperball",
     "initial_param",
     "interop",
     "mars",
@@ -54,6 +57,7 @@ __all__ = [
     "moments",
     "not_matching",
     "positive",
+    "reset_step_count",
     "rule",
     "rules",
     "running_max",

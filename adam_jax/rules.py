@@ -32,6 +32,7 @@ from adam_jax._util.numerics import (
     least_norm,
     least_square,
     momentum_product,
+    norm,
     sqrt,
 )
 
@@ -65,14 +66,17 @@ def look_ahead(mu, g, b1, t):
 
 
 @rule(mu=signed, nu=average_square)
-def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root):
+def nadam(g, mu, nu, *, t, b1, b2, eps, eps_root, correction="optax"):
     """Dozat (2016) with a constant momentum, as in Optax.
 
-    Dozat's Algorithm 2 also multiplies the second moment by b2; no implementation does.
+    Dozat's Algorithm 2 also multiplies the second moment by b2; no implementation does. AlgoPerf's
+    form is from Choi et al. (2019), Table 1: both terms of the look-ahead are divided by 1 - b1^t.
     """
     mu = ema(b1, mu, g)
     nu = ema(b2, nu, abs_sq(g))
-    return look_ahead(mu, g, b1, t) / (sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
+    algoperf = correction == "algoperf"
+    ahead = debias(ema(b1, mu, g), b1, t) if algoperf else look_ahead(mu, g, b1, t)
+    return ahead / (sqrt(debias(nu, b2, t) + eps_root) + eps), mu, nu
 
 
 @rule(mu=signed, nu=average_square)
@@ -253,6 +257,28 @@ def adam_atan2(g, mu, nu, *, t, b1, b2, a, b):
     return a * jnp.arctan2(m, jnp.where(at_origin, 1, b * root)), mu, nu
 
 
+@rule(mu=signed)
+def adam_s(g, mu, *, b1, b2, eps):
+    """Zhang et al. (2025), AdamS: the previous momentum's square replaces the average of g².
+
+    Neither is bias-corrected. Zhou & Xie's AdamS (stable weight decay) is another method.
+    """
+    mu_next = ema(b1, mu, g)
+    return mu_next / (sqrt(ema(b2, abs_sq(mu), abs_sq(g))) + eps), mu_next
+
+
+@rule(mu=signed, nu=positive.per_leaf())
+def novograd(g, mu, nu, *, p, t, mean, size, b1, b2, eps, eps_root, decay_in_mu):
+    """Ginsburg et al. (2019), Algorithm 1: nu averages ‖g‖² of a leaf, and starts at the first one.
+
+    mu is a sum, of which each term is normalized and includes the weight decay.
+    """
+    norm_sq = mean(abs_sq(g)) * size
+    nu = jnp.where(t == 1, norm_sq, ema(b2, nu, norm_sq))
+    mu = b1 * mu + g / (sqrt(nu + eps_root) + eps) + decay_in_mu * p
+    return mu, mu, nu
+
+
 @rule(mu=signed, nu=average_square)
 def stable_adamw(g, mu, nu, *, mean, t, b1, b2, eps):
     """Wortsman et al. (2023), Algorithm 2: Adam with smaller steps if g² outgrows nu.
@@ -310,9 +336,9 @@ def rms_variance(g, mu, variance, *, t, decay, eps, eps_in_sqrt=True, bias_corre
     return g / (sqrt(variance + eps) if eps_in_sqrt else sqrt(variance) + eps), mu, variance
 
 
-def prodigy_step_size(learning_rate, estim_lr, b1, b2, t):
+def prodigy_step_size(gamma, estim_lr, b1, b2, t):
     """Return γ·d·√(1 - b2^t)/(1 - b1^t), which multiplies Prodigy's direction and decay."""
-    return learning_rate * estim_lr * debias(1.0, b1, t) / sqrt(debias(1.0, b2, t))
+    return gamma * estim_lr * debias(1.0, b1, t) / sqrt(debias(1.0, b2, t))
 
 
 def prodigy_estimate(
@@ -322,7 +348,7 @@ def prodigy_estimate(
     grad_sum_norm,
     *,
     t,
-    learning_rate,
+    gamma,
     b1,
     b2,
     b3,
@@ -330,7 +356,7 @@ def prodigy_estimate(
     estim_lr_coef,
 ):
     """Mishchenko & Defazio (2023), Algorithm 4: raise d if the steps agree with g·(p_0 - p)."""
-    weight = estim_lr / estim_lr0 * prodigy_step_size(learning_rate, estim_lr, b1, b2, t)
+    weight = estim_lr / estim_lr0 * prodigy_step_size(gamma, estim_lr, b1, b2, t)
     numerator = b3 * numerator_weighted + weight * alignment
     estimate = estim_lr_coef * numerator / jnp.where(grad_sum_norm > 0, grad_sum_norm, 1)
     return {"estim_lr": jnp.maximum(estim_lr, estimate), "numerator_weighted": numerator}
@@ -357,7 +383,7 @@ def prodigy(
     p,
     t,
     estim_lr,
-    learning_rate,
+    gamma,
     b1,
     b2,
     b3,
@@ -373,7 +399,7 @@ def prodigy(
     d = estim_lr
     exp_avg = ema(b1, exp_avg, d * g)
     exp_avg_sq = ema(b2, exp_avg_sq, abs_sq(d * g))
-    weight = d if safeguard_warmup else prodigy_step_size(learning_rate, d, b1, b2, t)
+    weight = d if safeguard_warmup else prodigy_step_size(gamma, d, b1, b2, t)
     grad_sum = b3 * grad_sum + d / estim_lr0 * weight * g
     totals = {"alignment": inner(g, params0 - p), "grad_sum_norm": jnp.abs(grad_sum)}
     u = exp_avg / (sqrt(exp_avg_sq) + d * eps)
@@ -456,6 +482,21 @@ def trust_ratio(u, *, p, mean):
     return u * jnp.where((p_sq > 0) & (u_sq > 0), ratio, 1)
 
 
+@rule(radius=positive.per_leaf().starting_at(norm))
+def hyperball(u, radius, *, p, mean, size, learning_rate):
+    """Wen et al. (2026), Hyperball: W ← R·n(W - η·R·n(u)), n(x) = x/‖x‖, R = ‖W‖ at the start.
+
+    With W' = W - a·u, ‖W'‖² = ‖W‖² - 2a⟨W,u⟩ + a²‖u‖² takes no second pass. A leaf with R = 0
+    takes the step -η·u.
+    """
+    p_sq, u_sq, inner = (size * x for x in mean(abs_sq(p), abs_sq(u), (p.conj() * u).real))
+    a = jnp.where(u_sq > 0, learning_rate * radius / sqrt(jnp.where(u_sq > 0, u_sq, 1)), 0)
+    new_sq = p_sq - 2 * a * inner + a * a * u_sq
+    scale = jnp.where(new_sq > 0, radius / sqrt(jnp.where(new_sq > 0, new_sq, 1)), 1)
+    step = (scale - 1) * p - scale * a * u
+    return jnp.where(radius > 0, step, -learning_rate * u), radius
+
+
 @rule(g_prev=signed)
 def mars(g, g_prev, *, mean, gamma, b1, size):
     """Yuan et al. (2024), MARS, Algorithm 2 (approximate): a variance-reduced gradient.
@@ -465,6 +506,16 @@ def mars(g, g_prev, *, mean, gamma, b1, size):
     c = g + gamma * b1 / (1 - b1) * (g - g_prev)
     norm = sqrt(mean(abs_sq(c)) * size)
     return c / jnp.maximum(1, norm), g
+
+
+@rule(slow=signed)
+def grokfast(g, slow, *, t, alpha, lamb):
+    """Lee et al. (2024), Grokfast, Algorithm 2: amplify the slow part of the gradients.
+
+    `slow` starts at the first gradient, as in the authors' code.
+    """
+    slow = jnp.where(t == 1, g, ema(alpha, slow, g))
+    return g + lamb * slow, slow
 
 
 @rule(z=signed)

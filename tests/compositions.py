@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import adam_jax
 from adam_jax import not_matching
+from adam_jax.optimizers._constructor import Form
 
 STEPS = 3
 DEVICES = 8
@@ -408,8 +409,10 @@ def _arguments(
     maybe("learning_rate", warmup)
     maybe("momentum", 0.9)
     maybe("weight_decay", 0.1, *([warmup] if name != "schedule_free_adamw" else []))
+    make = inspect.unwrap(getattr(adam_jax, name))  # whose annotations aren't shown by name
+    types = {**inspect.get_annotations(make, eval_str=True), "weight_decay_form": Form}
     for argument, parameter in parameters.items():
-        literals = typing.get_args(parameter.annotation)
+        literals = typing.get_args(types.get(argument))
         if isinstance(parameter.default, bool):
             if argument == "cautious" and is_complex:
                 continue
@@ -418,9 +421,7 @@ def _arguments(
             decays = given.get("weight_decay") is not None
             real = [form for form in literals if form in ("decoupled", "independent", "l2")]
             maybe(argument, *((real if is_complex else literals) if decays else ()))
-        elif typing.get_origin(parameter.annotation) is typing.Literal and argument != (
-            "implementation"
-        ):
+        elif typing.get_origin(types.get(argument)) is typing.Literal:
             maybe(argument, *literals)
     if given.get("weight_decay") is not None and masked is not None:
         maybe("weight_decay_mask", not_matching(masked))

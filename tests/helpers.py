@@ -52,12 +52,13 @@ def mars_reference(g, s, *, t, gamma=0.025, b1=0.95):
     return reference.mars(g, previous, gamma=gamma, b1=b1), {"g_prev": g}
 
 
+STEPS = ("hyperball", "schedule_free")
 EVERY_RULE = {**adam_jax.rules.RULES, "homemade": homemade}
 REFERENCES = {"homemade": homemade_reference, "mars": mars_reference}
 RULES = {
     "homemade": homemade,
-    # every rule that makes a direction from a gradient alone
-    **{k: r for k, r in adam_jax.rules.RULES.items() if r.moments and "p" not in r.inputs},
+    # every rule that makes a direction; some step the parameter
+    **{k: r for k, r in adam_jax.rules.RULES.items() if r.moments and k not in STEPS},
 }
 REFERENCES = {name: f for name, f in vars(reference).items() if name in RULES} | REFERENCES
 if missing := RULES.keys() - REFERENCES.keys():
@@ -100,7 +101,7 @@ def defaults(name):
     return {
         k: p.default
         for k, p in inspect.signature(REFERENCES[name]).parameters.items()
-        if p.default is not p.empty
+        if p.default is not p.empty and k != "p"
     }
 
 
@@ -110,6 +111,8 @@ def optimizer(name, learning_rate=1e-2, **keywords):
 
 
 FINISHED = {k: make for k, make in constructors().items() if k != "schedule_free_adamw"}
+DECAYED = [k for k, f in FINISHED.items() if "cautious" in inspect.signature(f).parameters]
+"""The optimizers that share all options; others have their own weight decay, or none."""
 every_optimizer = pytest.mark.parametrize("name", FINISHED)
 
 
@@ -121,10 +124,13 @@ def updates_over(tx, gradients, params=None):
 
 
 def run_reference(name, gradients, **changes):
-    """Return the direction of a rule's reference for each gradient."""
+    """Return the direction of a rule's reference for each gradient, at parameters of 1."""
     state, out = {}, []
+    given = {**defaults(name), **changes}
+    if "p" in RULES[name].inputs:
+        given["p"] = np.ones_like(gradients[0])
     for t, g in enumerate(gradients, start=1):
-        u, state = REFERENCES[name](np.asarray(g), state, t=t, **{**defaults(name), **changes})
+        u, state = REFERENCES[name](np.asarray(g), state, t=t, **given)
         out.append(u)
     return np.stack(out)
 

@@ -56,16 +56,21 @@ def adam_eps_hat(g, s, *, t, b1=0.9, b2=0.999, eps=1e-8):
     return u, {"mu": mu, "nu": nu}
 
 
-def nadam(g, s, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
+def nadam(g, s, *, t, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, correction="optax"):
     """Dozat (2016), Algorithm 2 with a constant mu_t = b1, as in Optax.
 
+    correction="algoperf" is Choi et al. (2019), Table 1: one bias correction, 1 - b1^t.
     Differing copies: Dozat's listing has an extra b2 on nu_hat that nobody keeps; PyTorch and
     Keras schedule mu_t, see nadam_scheduled.
-    Checked: optax.scale_by_adam(nesterov=True) 2e-16.
+    Checked: optax.scale_by_adam(nesterov=True) 2e-16; "algoperf": scale_by_nadam of
+    mlcommons/algorithmic-efficiency (paper_baselines/nadamw), transcribed, 3e-16.
     """
     mu = ema(b1, s.get("mu", 0.0), g)
     nu = ema(b2, s.get("nu", 0.0), abs_sq(g))
-    mu_bar = b1 * mu / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+    if correction == "algoperf":
+        mu_bar = (b1 * mu + (1 - b1) * g) / (1 - b1**t)
+    else:
+        mu_bar = b1 * mu / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
     nu_hat = nu / (1 - b2**t)
     u = mu_bar / (np.sqrt(nu_hat + eps_root) + eps)
     return u, {"mu": mu, "nu": nu}
@@ -322,12 +327,13 @@ def adam_atan2(g, s, *, t, b1=0.9, b2=0.999, a=1.27, b=1.0):
     return u, {"mu": mu, "nu": nu}
 
 
-def adams(g, s, *, t, b1=0.9, b2=0.95, eps=1e-8):
+def adam_s(g, s, *, t, b1=0.9, b2=0.95, eps=1e-8):
     """Zhang, Wang & Chen (2025), arXiv 2505.16363: the normalizer holds mu of the step before.
 
     No bias corrections, so the first step is (1 - b1) / sqrt(1 - b2) = 0.45 for the defaults; t is
     not used. Another algorithm is called AdamS too (Zhou & Xie: stable weight decay).
-    Checked: the closed form for a constant gradient 2e-16. No independent implementation was run.
+    Checked: the closed form for a constant gradient 2e-16; the formula in the documentation of zij,
+    a PyTorch library, is this one. No independent implementation was run.
     """
     mu_before = s.get("mu", 0.0)
     mu = ema(b1, mu_before, g)
@@ -348,6 +354,20 @@ def stable_adamw(g, s, *, t, b1=0.9, b2=0.999, eps=1e-8):
     nu_hat = s["nu"] / (1 - b2**t)
     rms = np.sqrt(np.mean(abs_sq(g) / np.maximum(nu_hat, eps**2)))
     return u / max(1.0, rms), s
+
+
+def novograd(g, s, *, t, p=0.0, b1=0.9, b2=0.25, eps=1e-8, eps_root=0.0, decay_in_mu=0.0):
+    """Ginsburg et al. (2019), Algorithm 1: v_1 = ||g_1||^2, m_1 = g_1 / (sqrt(v_1) + eps) + d w_1.
+
+    p is the parameter, d is decay_in_mu, and eps_root is Optax's.
+    Differing copies: NVIDIA's PyTorch code can multiply the term by 1 - b1 (grad_averaging).
+    Checked: optax.scale_by_novograd 2e-15.
+    """
+    norm_sq = np.sum(abs_sq(g))
+    nu = norm_sq if t == 1 else ema(b2, s["nu"], norm_sq)
+    term = g / (np.sqrt(nu + eps_root) + eps) + decay_in_mu * p
+    mu = b1 * s.get("mu", 0.0) + term
+    return mu, {"mu": mu, "nu": nu}
 
 
 # --- RMSprop, momentum, Lion --------------------------------------------------------------------
@@ -466,6 +486,16 @@ def mars(g, g_prev, *, gamma=0.025, b1=0.95):
     return c / max(1.0, np.linalg.norm(c.ravel()))
 
 
+def grokfast(g, s, *, t, alpha=0.98, lamb=2.0):
+    """Lee et al. (2024), Grokfast, Algorithm 2 (EMA): the gradient plus its amplified average.
+
+    Differing copies: defaults of the authors' code, alpha = 0.99 and lamb = 5.
+    Checked: the authors' gradfilter_ema (ironjr/grokfast), transcribed, 0.
+    """
+    slow = g if t == 1 else ema(alpha, s["slow"], g)
+    return g + lamb * slow, {"slow": slow}
+
+
 def trust_ratio(u, p):
     """You et al. (2020), LAMB, Algorithm 2 with phi(x) = x: give u the norm of p.
 
@@ -474,6 +504,18 @@ def trust_ratio(u, p):
     """
     p_norm, u_norm = np.linalg.norm(p.ravel()), np.linalg.norm(u.ravel())
     return u * (p_norm / u_norm if p_norm > 0 and u_norm > 0 else 1.0)
+
+
+def hyperball(u, p, radius, *, learning_rate):
+    """Wen et al. (2026), Hyperball: the new parameter, R n(p - lr R n(u)) with n(x) = x / ||x||.
+
+    radius is R, the norm of the first p. A zero u only scales p to R.
+    Differing copies: Levanter's first version takes the norm of the current p for R.
+    Checked: Levanter's AdamH (marin-community/marin, _adamh_projected_update), transcribed, 4e-16.
+    """
+    u_norm = np.linalg.norm(u.ravel())
+    new = p - learning_rate * radius * u / u_norm if u_norm > 0 else p
+    return radius * new / np.linalg.norm(new.ravel())
 
 
 def decoupled(u, p, weight_decay):
@@ -535,6 +577,16 @@ class ScheduleFreeAdamW:
 
 
 # --- Prodigy ------------------------------------------------------------------------------------
+
+
+def prodigy(
+    g, s, *, t, p=0.0, b1=0.9, b2=0.999, b3=0.9995, eps=1e-8, gamma=1.0, estim_lr0=1e-3,
+    estim_lr_coef=1.0,
+):  # fmt: skip
+    """Return the direction of `Prodigy` where the parameters stay at p0, and so d at d0."""
+    m = ema(b1, s.get("exp_avg", 0.0), estim_lr0 * g)
+    v = ema(b2, s.get("exp_avg_sq", 0.0), abs_sq(estim_lr0 * g))
+    return m / (np.sqrt(v) + estim_lr0 * eps), {"exp_avg": m, "exp_avg_sq": v}
 
 
 class Prodigy:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -122,18 +123,25 @@ TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
 def supports(operands: Operands) -> bool:
     """Whether kernels support a leaf: float32 arithmetic, not a scalar, means of the last two axes.
 
-    Tiles are along these axes, and partial means of other axes would be as large as the leaf.
+    Tiles are along these axes, and partial means of other axes would be as large as the leaf,
+    unless they are means of all axes.
     """
     shape = operands.update.shape
-    reduced = {axis for extent in extents(operands.moments, shape) for axis in extent.reduced}
-    if not shape or min(reduced, default=len(shape)) < len(shape) - 2:
+    ndim = len(shape)
+
+    def is_supported(extent: Extent) -> bool:
+        kept = [n for axis, n in enumerate(shape) if axis not in extent.reduced]
+        few = math.prod(kept) == 1 or min(extent.reduced, default=ndim) >= ndim - 2
+        return not extent.reduced or (few and ndim >= 2)
+
+    if not shape or not all(map(is_supported, extents(operands.moments, shape))):
         return False
     return arithmetic_dtype(*dtypes(operands[:4])) == jnp.float32
 
 
 def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run the step in a kernel, or tile by tile if kernels don't support the leaf."""
-    if not supports(operands):
+    if step.batch_axes or not supports(operands):
         return tiled.execute_leaf(step, operands, sharding)
     if step.platform not in TARGETS:
         raise NotImplementedError(

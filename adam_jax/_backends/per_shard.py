@@ -30,8 +30,8 @@ class Shard(NamedTuple):
     leaf_shape: tuple[int, ...]
     origin: Sequence[jax.Array]
     """The index in the leaf of the shard's first element."""
-    axes: tuple[str, ...] = ()
-    """The mesh axes that shard the leaf."""
+    axes: tuple[tuple[str, ...], ...] = ()
+    """The mesh axes that shard each axis of the leaf; () for a whole leaf."""
     unaligned: tuple[str, ...] = ()
     """The mesh axes that shard the leaf's last axis, if shard edges split blocks."""
 
@@ -55,14 +55,18 @@ class Shard(NamedTuple):
         row = jnp.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1)
         return self.position(row, jnp.zeros_like(row), shape[-1], shape)
 
-    def mean(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Return whole-leaf means, given this shard's arrays."""
-        return self.mean_of_sums([jnp.sum(x) for x in xs])
+    def mean(self, xs: Sequence[jax.Array], batch_axes: int) -> list[jax.Array]:
+        """Return whole-leaf means, or means of each entry, given this shard's arrays."""
+        if not batch_axes:
+            return self.mean_of_sums([jnp.sum(x) for x in xs])
+        sums = [jnp.sum(x, tuple(range(batch_axes, x.ndim)), keepdims=True) for x in xs]
+        return self.mean_of_sums(sums, batch_axes)
 
-    def mean_of_sums(self, sums: Sequence[jax.Array]) -> list[jax.Array]:
-        """Return means over the leaf from sums over this shard."""
-        size = math.prod(self.leaf_shape)
-        return [(jax.lax.psum(x, self.axes) if self.axes else x) / size for x in sums]
+    def mean_of_sums(self, sums: Sequence[jax.Array], batch_axes: int = 0) -> list[jax.Array]:
+        """Return means over the leaf, or over each entry, from sums over this shard."""
+        size = math.prod(self.leaf_shape[batch_axes:])
+        axes = tuple(name for entry in self.axes[batch_axes:] for name in entry)
+        return [(jax.lax.psum(x, axes) if axes else x) / size for x in sums]
 
 
 def is_unknown(u: jax.Array, sharding: NamedSharding | None) -> bool:
@@ -103,14 +107,14 @@ def per_shard(
     def split(mesh: Any, spec: P) -> tuple[Callable[..., Any], list[P], list[P]]:
         """Return the function for each device, and the specs of its operands and results."""
         spec = drop_indivisible(mesh, spec, u.shape)
-        axes = [name for entry in spec for name in names(entry)]
+        axes = tuple(names(entry) for entry in spec)
         last = names(spec[-1])
         columns = u.shape[-1] // parts(mesh, last)
         unaligned = last if any(columns % block for block in blocks) else ()
 
         def part(*arrays: jax.Array) -> list[jax.Array]:
             origin = [index[0] for index in arrays[-u.ndim :]]
-            shard = Shard(u.shape, origin, tuple(axes), tuple(unaligned))
+            shard = Shard(u.shape, origin, axes, tuple(unaligned))
             out = local(shard, *arrays[: -u.ndim])
             return [across_shards(x, extent) for x, extent in zip(out, written, strict=True)]
 

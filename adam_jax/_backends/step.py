@@ -15,7 +15,7 @@ from adam_jax.storage._moments import BlockAbsmax, Stored, is_quantized, is_redu
 from adam_jax.storage._random_bits import Position, positions
 
 Means: TypeAlias = Sequence[jax.Array]
-"""The means that one call of `mean` returns, one scalar per array."""
+"""The means that one call of `mean` returns, one per array, or one per entry of its batch axes."""
 
 Moments: TypeAlias = Sequence[tuple[Stored, ...]]
 """The moments of each rule that acts on the leaf."""
@@ -59,8 +59,8 @@ class Aliased(enum.Enum):
 class Part(NamedTuple):
     """The relation of a step's arrays to the whole leaf."""
 
-    mean: Callable[[Sequence[jax.Array]], Means]
-    """Returns means over the whole leaf."""
+    mean: Callable[[Sequence[jax.Array], int], Means]
+    """(arrays, n) → means over the whole leaf, or over each entry of its first n axes."""
     position: Callable[[], Position]
     """Returns the positions of the elements in the leaf, for random bits."""
     block_absmax: BlockAbsmax | None = None
@@ -75,6 +75,11 @@ class Step(Protocol):
 
     @property
     def uses_mean(self) -> bool: ...
+
+    @property
+    def batch_axes(self) -> int:
+        """Return how many first axes are a batch, of which each entry has its own means."""
+        ...
 
     @property
     def platform(self) -> str: ...
@@ -96,7 +101,8 @@ def mean_sizes(step: Step, operands: Operands) -> list[int]:
     """Return the number of arrays in each of a step's calls of `mean`."""
     sizes: list[int] = []
 
-    def mean(xs: Sequence[jax.Array]) -> Means:
+    def mean(xs: Sequence[jax.Array], batch_axes: int) -> Means:
+        del batch_axes
         sizes.append(len(xs))
         return [jnp.mean(x) for x in xs]
 
@@ -113,7 +119,8 @@ def next_averaged(
     """Return the arrays passed to a step's first call of `mean` without a known result."""
     calls: list[Sequence[jax.Array]] = []
 
-    def mean(xs: Sequence[jax.Array]) -> Means:
+    def mean(xs: Sequence[jax.Array], batch_axes: int) -> Means:
+        del batch_axes
         calls.append(xs)
         unknown = len(calls) > len(known)
         return [jnp.zeros_like(x, shape=()) for x in xs] if unknown else known[len(calls) - 1]
@@ -122,10 +129,10 @@ def next_averaged(
     return calls[len(known)]
 
 
-def known_mean(means: Sequence[Means]) -> Callable[[Sequence[jax.Array]], Means]:
+def known_mean(means: Sequence[Means]) -> Callable[[Sequence[jax.Array], int], Means]:
     """Return a `mean` function that returns precomputed means, in order."""
     known = iter(means)
-    return lambda _: next(known)
+    return lambda xs, batch_axes: next(known)
 
 
 class Extent(NamedTuple):

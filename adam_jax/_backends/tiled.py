@@ -43,8 +43,8 @@ LARGE_TILE = 2**23
 
 
 def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
-    """Run the step tile by tile, or in one piece if the leaf fits in a tile."""
-    if operands.update.size <= TILE.get(step.platform, LARGE_TILE):
+    """Run the step tile by tile, or in one piece if the leaf fits in a tile or is a batch."""
+    if step.batch_axes or operands.update.size <= TILE.get(step.platform, LARGE_TILE):
         return xla.execute_leaf(step, operands, sharding)
     return per_shard(functools.partial(_execute_shard, step), step, operands, sharding)
 

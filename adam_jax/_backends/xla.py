@@ -23,20 +23,20 @@ from adam_jax._backends.step import (
 )
 from adam_jax._util.typing import PyTree
 from adam_jax.storage._blockwise import block_absmax
-from adam_jax.storage._moments import any_lossy
+from adam_jax.storage._moments import any_of_other_shape
 from adam_jax.storage._random_bits import positions
 
 
 def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run the step of the whole leaf at once.
 
-    On explicit axes, no reshape may split a sharded axis into blocks, so lossy state is updated
-    shard by shard.
+    On explicit axes, no reshape may split a sharded axis into blocks, and no array without them is
+    broadcast to a sharded one, so lossy state and numbers are updated shard by shard.
     """
     axis_types = jax.typeof(operands.update).sharding.mesh.axis_types
-    if AxisType.Explicit in axis_types and any_lossy(operands.moments):
+    if AxisType.Explicit in axis_types and any_of_other_shape(operands.moments):
         return per_shard(functools.partial(_execute_shard, step), step, operands, sharding)
-    if step.platform == "tpu" and tile_view.fits(operands):
+    if step.platform == "tpu" and not step.batch_axes and tile_view.fits(operands):
         return _execute_in_tiles(step, operands)
     seeds = operands.seeds
     position = functools.partial(positions, operands.update.shape)
@@ -59,8 +59,10 @@ def _execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
     return complete(step, operands, Part(shard.mean, functools.partial(shard.positions, shape)))
 
 
-def _mean(xs: Sequence[jax.Array]) -> Means:
-    return [jnp.mean(x) for x in xs]
+def _mean(xs: Sequence[jax.Array], batch_axes: int) -> Means:
+    if not batch_axes:
+        return [jnp.mean(x) for x in xs]
+    return [jnp.mean(x, axis=tuple(range(batch_axes, x.ndim)), keepdims=True) for x in xs]
 
 
 def orders_writes(platform: str) -> bool:

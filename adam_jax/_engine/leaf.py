@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -21,9 +22,9 @@ from adam_jax._util.numerics import arithmetic_dtype
 from adam_jax._util.typing import PyTree
 from adam_jax.storage import _moments
 from adam_jax.storage._blockwise import QuantizedLeaf
-from adam_jax.storage._moments import BlockAbsmax, Stored
+from adam_jax.storage._moments import Stored
 from adam_jax.storage._random_bits import random_bits, second_bits
-from adam_jax.storage._reduced import means, normalize, sums
+from adam_jax.storage._reduced import ReducedLeaf, means, normalize, number_leaf, sums
 
 Stages: TypeAlias = tuple[tuple[Rule, tuple[tuple[str, Option], ...]] | None, ...]
 """Rules with their options; None in place of a rule that a mask disables."""
@@ -69,14 +70,47 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
     it ends with a tuple of zeros like their sums over the leaf.
     """
     stages, layout, execute_leaf, emit_params, by_addition, sharding = settings
-    size = np.size(operands.update)
-    step = LeafStep(stages, layout, emit_params, by_addition, size, target_platform())
+    shape, batches = np.shape(operands.update), _batch_axes(stages, operands.moments)
+    step = LeafStep(stages, layout, emit_params, by_addition, shape, batches, target_platform())
     if seeds is not None:
         operands = operands._replace(seeds=seeds.packed())
-    operands = operands._replace(moments=_moments.map_reduced(normalize, operands.moments))
-    output, moments = execute_leaf(step, operands, sharding)
-    as_means = functools.partial(means, shape=np.shape(operands.update))
-    return Result(output, _moments.map_reduced(as_means, moments))
+    given = operands.moments
+    moments = _moments.map_reduced(normalize, _with_numbers(stages, operands))
+    output, moments = execute_leaf(step, operands._replace(moments=moments), sharding)
+
+    def stored(x: ReducedLeaf, old: PyTree) -> Stored:
+        if _moments.is_number(x):
+            return x.values.reshape(old.shape).astype(old.dtype)
+        return means(x, shape)
+
+    return Result(output, _moments.map_reduced(stored, moments, given))
+
+
+def _batch_axes(stages: Stages, moments: Moments) -> tuple[int, ...]:
+    """Return how many first axes are a batch for each active rule: its numbers have these axes."""
+    rules = [stage[0] for stage in stages if stage is not None]
+    return tuple(
+        max(
+            (np.ndim(x) for m, x in zip(rule.moments.values(), xs, strict=True) if m.one_per_leaf),
+            default=0,
+        )
+        for rule, xs in zip(rules, moments, strict=False)
+    )
+
+
+def _with_numbers(stages: Stages, operands: Operands) -> Moments:
+    """Return the moments and totals of a leaf, numbers per leaf as a `NumberLeaf`."""
+    ndim = np.ndim(operands.update)
+    dtype = jnp.finfo(arithmetic_dtype(*_moments.dtypes(operands[:4]))).dtype
+    rules = [stage[0] for stage in stages if stage is not None]
+    moments = [
+        tuple(
+            number_leaf(x, ndim, dtype) if declared.one_per_leaf else x
+            for declared, x in zip(rule.moments.values(), stored, strict=True)
+        )
+        for rule, stored in zip(rules, operands.moments, strict=False)
+    ]
+    return [*moments, *operands.moments[len(rules) :]]
 
 
 def target_platform() -> str:
@@ -98,18 +132,24 @@ def target_platform() -> str:
 
 
 class LeafStep(NamedTuple):
-    """The `Step` of a leaf with `size` elements, or of a part of that leaf."""
+    """The `Step` of a leaf of this shape, or of a part of that leaf."""
 
     stages: Stages
     layout: Layout
     emit_params: bool
     by_addition: bool
-    size: int
+    shape: tuple[int, ...]
+    batches: tuple[int, ...]
+    """How many first axes are a batch, for each rule that acts on the leaf."""
     platform: str
 
     @property
     def aliased(self) -> Aliased:
         return Aliased.PARAM if self.emit_params else Aliased.UPDATE
+
+    @property
+    def batch_axes(self) -> int:
+        return max(self.batches, default=0)
 
     @property
     def uses_mean(self) -> bool:
@@ -127,24 +167,22 @@ class LeafStep(NamedTuple):
         inputs = {
             "g": u if g is None else g.astype(dtype),
             "p": p,
-            "mean": functools.partial(_mean, part),
-            "size": float(self.size),
         }
         encoders: list[Callable[[jax.Array | None], tuple[Stored, ...]]] = []
         active = [(k, stage) for k, stage in enumerate(self.stages) if stage is not None]
         terms: list[jax.Array] = []
-        for (k, (rule, options)), old in zip(active, stored[: len(active)], strict=True):
+        per_rule = zip(active, stored[: len(active)], self.batches, strict=True)
+        for (k, (rule, options)), old, batch in per_rule:
             t, hyper = hyperparams[k]
+            inputs["mean"] = functools.partial(_mean, part, batch)
+            inputs["size"] = float(math.prod(self.shape[batch:]))
             decoded = _decode(rule, old, hyper, dtype, u.shape)
             with _promotion(dtype):
                 values = {**inputs, **hyper, **dict(options), "t": t}
                 new_u, new, new_terms = _apply(rule, u, decoded, values)
             terms += new_terms
             draw = _no_bits if t is None else functools.partial(self._draw, part, 2 + k)
-            absmax, is_fused = part.block_absmax, self.platform != "cpu"
-            encoders.append(
-                functools.partial(_encode, rule, new, old, u, draw, absmax, self.size, is_fused)
-            )
+            encoders.append(functools.partial(_encode, self, batch, rule, new, old, u, draw, part))
             u = new_u
 
         if self.emit_params:
@@ -182,9 +220,11 @@ def unpack(scalars: jax.Array, layout: Layout) -> PyTree:
     return layout.unflatten([jax.lax.squeeze(x, (0,)) for x in parts])
 
 
-def _mean(part: Part, x: jax.Array, *more: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
-    """Return the mean of each array over the whole leaf."""
-    means = tuple(part.mean([x, *more]))
+def _mean(
+    part: Part, batch_axes: int, x: jax.Array, *more: jax.Array
+) -> jax.Array | tuple[jax.Array, ...]:
+    """Return the mean of each array over the whole leaf, or over each entry of its first axes."""
+    means = tuple(part.mean([x, *more], batch_axes))
     return means if more else means[0]
 
 
@@ -193,19 +233,20 @@ def _no_bits(seeds: jax.Array | None, name: str) -> None:
 
 
 def _encode(
+    step: LeafStep,
+    batch_axes: int,
     rule: Rule,
     new: Sequence[jax.Array],
     old: Sequence[Stored],
     received: jax.Array,
     draw: Callable[[jax.Array | None, str], jax.Array | None],
-    block_absmax: BlockAbsmax | None,
-    size: int,
-    is_fused: bool,
+    part: Part,
     seeds: jax.Array | None,
 ) -> tuple[Stored, ...]:
     """Encode the new moments of one rule in the formats of its old moments.
 
-    A reduced moment is summed over the arrays' axes; `run_leaf` divides it.
+    A reduced moment is summed over the arrays' axes; `run_leaf` divides it. One number per leaf is
+    the sum of its first element and zeros, which is exact.
 
     Only a gradient that isn't finite makes its block NaN. If the square of a finite gradient
     overflows, the largest finite number replaces Inf. A signed moment in the same blocks shows
@@ -217,9 +258,12 @@ def _encode(
         random = not moment.round_down and _moments.needs_random_bits(stored)
         bits = bits_of(name) if random else None
         finite = None if moment.signed else _signed_in_same_blocks(rule, encoded, stored)
+        if _moments.is_number(stored):
+            encoded[name] = sums(jnp.where(_is_first(part, step.shape, batch_axes), x, 0), stored)
+            continue
         if _moments.is_reduced(stored):
             # no sum overflows, a gradient that isn't finite makes NaN, and NaN stays
-            largest = float(jnp.finfo(x.dtype).max) / size
+            largest = float(jnp.finfo(x.dtype).max) / math.prod(step.shape)
             x = jnp.where(x > largest, largest, x) + 0 * jnp.abs(received)
             encoded[name] = sums(x, stored)
             continue
@@ -230,15 +274,23 @@ def _encode(
             "round_down": moment.round_down,
             "saturate": finite is not None,
         }
-        if _moments.is_quantized(stored) and not is_fused:
+        if _moments.is_quantized(stored) and step.platform == "cpu":
             # Scales and codes need the same x: two fused copies could round differently. On GPUs,
             # fusing saves a pass over memory, and the margin in `encode` covers an ulp.
             x = jax.lax.optimization_barrier(x)
-        x = _moments.encode(x, stored, bits, block_absmax, **options)
+        x = _moments.encode(x, stored, bits, part.block_absmax, **options)
         if finite is not None and _moments.is_quantized(x):
             x = _moments.with_nan_blocks(x, finite)
         encoded[name] = x
     return tuple(encoded.values())
+
+
+def _is_first(part: Part, shape: tuple[int, ...], batch_axes: int) -> jax.Array:
+    """Whether each element is the first of the leaf, or of an entry of its batch axes."""
+    row, column, lane = part.position()
+    if batch_axes:
+        row = row % np.uint32(math.prod(shape[batch_axes:-1]))
+    return (row == 0) & (column + lane == 0)
 
 
 def _bits_of_pairs(

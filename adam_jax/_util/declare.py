@@ -38,6 +38,8 @@ class Moment(NamedTuple):
     """Whether the lower bound limits the step; see `at_least`."""
     exact: bool = False
     """Whether it keeps the parameter's dtype unless `storage` names it, and is never lossy."""
+    one_per_leaf: bool = False
+    """Whether the state has one number per leaf; see `per_leaf`."""
 
     def starting_at(self, start: float | str | Start) -> Moment:
         """Return the moment, starting at a number, a hyperparameter, or f(parameter).
@@ -46,6 +48,14 @@ class Moment(NamedTuple):
           start: a number, the name of a hyperparameter, or a function of the parameter.
         """
         return self._replace(start=start)
+
+    def per_leaf(self) -> Moment:
+        """Return the moment with one number per leaf, such as a norm, in float32.
+
+        The rule reads and returns an array of the leaf's shape with equal elements. `storage=`
+        doesn't apply to it.
+        """
+        return self._replace(one_per_leaf=True)
 
     def at_least(self, bound: Callable[..., Any], *, bounds_step: bool = False) -> Moment:
         """Return the moment, clamped to at least `bound(…)` when read from lossy storage.
@@ -188,8 +198,8 @@ def rule(
         the rule acts on. In your own `shard_map`, totals are sums over the local shards.
       **declared: moments and scalars, keyed by the name of the state's field. A moment is
         `signed`, `positive`, `running_max`, or `initial_param`. `.starting_at(…)` sets a start
-        other than 0, and `.at_least(…)` sets a lower bound for lossy storage. `scalar` is a number
-        that all leaves share.
+        other than 0, `.per_leaf()` keeps one number per leaf, and `.at_least(…)` sets a lower bound
+        for lossy storage. `scalar` is a number that all leaves share.
 
     Raises:
       TypeError: the function's arguments aren't the gradient and the declared moments in order, or

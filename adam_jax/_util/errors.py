@@ -307,6 +307,16 @@ def _equal_shapes(path: KeyPath, gradient: PyTree, what: str, other: PyTree) -> 
         )
 
 
+def _leading_shape(path: KeyPath, gradient: PyTree, name: str, stored: PyTree) -> None:
+    shape = np.shape(stored)
+    if shape != np.shape(gradient)[: len(shape)]:
+        raise value_error(
+            f"{_at(f'{name} of', path)} must be one number, or one for each entry of the leaf's "
+            f"first axes, got shape {shape} for a gradient of shape {np.shape(gradient)}; pass the "
+            f"state that init returned"
+        )
+
+
 def moment(path: KeyPath, gradient: PyTree, name: str, declared: Moment, stored: PyTree) -> None:
     """Check that a stored moment fits the gradient of its leaf."""
     if stored is None:
@@ -314,6 +324,9 @@ def moment(path: KeyPath, gradient: PyTree, name: str, declared: Moment, stored:
             f"{_at('the parameter', path)} has a gradient but no {name} in the state: "
             f"it was None when init was called; call init again"
         )
+    if declared.one_per_leaf:
+        _leading_shape(path, gradient, name, stored)
+        return
     _equal_shapes(path, gradient, name, stored)
     if declared.signed and jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(stored):
         raise value_error(

@@ -148,6 +148,13 @@ def inner(x: jax.Array, y: jax.Array) -> jax.Array:
     return (x.conj() * y).real if jnp.iscomplexobj(x) else x * y
 
 
+def norm(x: jax.Array, batch_axes: int = 0) -> jax.Array:
+    """Return ‖x‖, or the norm of each entry of its first axes; 0 if it has no other axes."""
+    if x.ndim < batch_axes + (batch_axes > 0):
+        return jnp.zeros((), x.real.dtype)
+    return jnp.sqrt(jnp.sum(abs_sq(x), axis=tuple(range(batch_axes, x.ndim))))
+
+
 @jax.custom_jvp
 def sqrt(x: jax.Array) -> jax.Array:
     """Return √x, with derivative 0 at 0, so that gradients through an update stay finite."""

@@ -14,7 +14,7 @@ import optax
 from adam_jax import rules
 from adam_jax._engine import parts
 from adam_jax._engine.hyperparams import Computed, evaluate
-from adam_jax._engine.state import moment_fields, named_tuples, stored_moments
+from adam_jax._engine.state import NovogradState, moment_fields, named_tuples, stored_moments
 from adam_jax._engine.transformation import (
     Transformation,
     describe,
@@ -85,10 +85,9 @@ def record(
     It doesn't change the updates.
 
     It reads the learning rate, b1, and b2 from adam_jax transformations, and from states that
-    contain them (`tunable`, `optax.inject_hyperparams`). For `prodigy`, it records the learning
-    rate that multiplies the estimate. For other optimizers, it records no learning rate and omits
-    bias correction. All updates of a step are in memory at once, which isn't necessary otherwise.
-    (`python -m benchmarks.diagnostics` measures the cost.)
+    contain them (`tunable`, `optax.inject_hyperparams`). For others, and for `prodigy`, it records
+    no learning rate and omits bias correction. All updates of a step are in memory at once, which
+    isn't necessary otherwise. (`python -m benchmarks.diagnostics` measures the cost.)
 
     Args:
       tx: any whole optimizer with its clipping. Put `record` around it, and inside `zero1`,
@@ -285,7 +284,8 @@ def _pairs(state: PyTree, settings: Settings, step: jax.Array) -> Iterator[Pair]
 
 
 def _has_mu_and_nu(state: PyTree) -> bool:
-    return {"mu", "nu"} <= set(moment_fields(state))
+    per_element = not isinstance(state, NovogradState)
+    return {"mu", "nu"} <= set(moment_fields(state)) and per_element
 
 
 def _leaves(tree: PyTree) -> Leaves:

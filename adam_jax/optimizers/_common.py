@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
+import numpy as np
 import optax
 
 from adam_jax import rules
 from adam_jax._engine.chain import Chain, Computed, Link, is_schedule, link
 from adam_jax._engine.state import WeightDecaySchedule
 from adam_jax._util import errors
-from adam_jax._util.typing import Mask, ScalarOrSchedule
+from adam_jax._util.numerics import norm
+from adam_jax._util.typing import Mask, PyTree, ScalarOrSchedule
 from adam_jax.storage import Storage
 
 DECAYS = {
@@ -76,6 +83,40 @@ def _decay(
         given["learning_rate"] = learning_rate
     state = WeightDecaySchedule if any(map(is_schedule, given.values())) else None
     return link(DECAYS[form], given, state=state, mask=mask)
+
+
+def step_on_sphere(
+    learning_rate: ScalarOrSchedule, mask: Mask, batch_axes: int
+) -> tuple[Link, Link]:
+    """Return the links that step masked leaves at a constant norm, and others by -η·u.
+
+    The default mask has the leaves with at least two axes besides the batch.
+    """
+    if not isinstance(batch_axes, int) or batch_axes < 0:
+        raise errors.value_error(f"batch_axes must be an integer >= 0, got {batch_axes!r}")
+
+    def matrices(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: np.ndim(x) - batch_axes >= 2, tree)
+
+    chosen: PyTree = matrices if mask is None else mask
+
+    def others(tree: PyTree) -> PyTree:
+        flags = chosen(tree) if callable(chosen) else chosen
+        return jax.tree.map(operator.not_, flags, is_leaf=lambda x: x is None)
+
+    plain = dataclasses.replace(_descend(learning_rate), mask=others)
+    given = {"learning_rate": learning_rate}
+    sphere = link(rules.hyperball, given, state=HyperballState, mask=chosen)
+    start = functools.partial(norm, batch_axes=batch_axes)
+    return plain, dataclasses.replace(sphere, starts={"radius": start})
+
+
+class HyperballState(NamedTuple):
+    """The state of the step at a constant norm."""
+
+    count: jax.Array  # type: ignore[assignment]  # tuple has a method of that name
+    radius: PyTree
+    """The norm of each leaf, or of each entry of its first axes."""
 
 
 def _descend(learning_rate: ScalarOrSchedule | Computed | None) -> Link:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Literal, TypeAlias, Unpack, get_args
 
 from adam_jax import rules
 from adam_jax._engine.chain import Chain, Link, link
-from adam_jax._util.typing import DecayRate, DType, Mask, NonNegative, ScalarOrSchedule
+from adam_jax._util import errors
+from adam_jax._util.typing import DecayRate, DType, Mask, NonNegative, PyTree, ScalarOrSchedule
 from adam_jax.optimizers._common import descend
 from adam_jax.optimizers._constructor import (
     DecayOptions,
@@ -21,6 +22,8 @@ from adam_jax.storage._policy import with_dtype
 
 __all__ = ["nadam", "nadamw", "scale_by_nadam"]
 
+Correction: TypeAlias = Literal["optax", "algoperf"]
+
 
 @direction
 def scale_by_nadam(
@@ -31,6 +34,7 @@ def scale_by_nadam(
     mu_dtype: DType = None,
     *,
     momentum_decay: NonNegative | None = None,
+    correction: Correction = "optax",
     **options: Unpack[Options],
 ) -> Link:
     """Return the direction of `nadam`.
@@ -39,11 +43,16 @@ def scale_by_nadam(
     scale_by_nadam(b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, momentum_decay=0.004)
     """
     storage = with_dtype(options.get("storage"), "mu", "mu_dtype", mu_dtype)
-    given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    errors.choice("correction", correction, get_args(Correction))
+    given: dict[str, PyTree] = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
     if momentum_decay is None:
-        return link(rules.nadam, given, storage=storage)
-    given["momentum_decay"] = momentum_decay
-    return link(rules.nadam_scheduled, given, storage=storage)
+        return link(rules.nadam, {**given, "correction": correction}, storage=storage)
+    if correction != "optax":
+        raise errors.value_error(
+            f"correction must be 'optax' with momentum_decay={momentum_decay}, got {correction!r}, "
+            f"which has a constant momentum; omit one of them"
+        )
+    return link(rules.nadam_scheduled, {**given, "momentum_decay": momentum_decay}, storage=storage)
 
 
 @optimizer(
@@ -63,6 +72,7 @@ def nadam(
     *,
     nesterov: bool = True,
     momentum_decay: NonNegative | None = None,
+    correction: Correction = "optax",
     **options: Unpack[DecayOptions],
 ) -> Chain:
     """NAdam: Adam with Nesterov's look-ahead.
@@ -74,6 +84,7 @@ def nadam(
       nesterov: False gives `adam`, as in Optax.
       momentum_decay: None for a constant momentum, as in Optax, or d ≥ 0 (0.004 in
         PyTorch, 1.0 in Keras) for b1·(1 - ½·0.96^(t·d)).
+      correction: what the look-ahead momentum is divided by; see `nadamw`.
 
     >>> nadam(1e-3, momentum_decay=0.004)  # torch.optim.NAdam
     nadam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, \
@@ -82,7 +93,14 @@ momentum_decay=0.004)
     storage = options.get("storage")
     along = (
         link_of(scale_by_nadam)(
-            b1, b2, eps, eps_root, mu_dtype, momentum_decay=momentum_decay, storage=storage
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            momentum_decay=momentum_decay,
+            correction=correction,
+            storage=storage,
         )
         if nesterov
         else link_of(scale_by_adam)(b1, b2, eps, eps_root, mu_dtype, storage=storage)
@@ -109,24 +127,34 @@ def nadamw(
     *,
     nesterov: bool = True,
     momentum_decay: NonNegative | None = None,
+    correction: Correction = "optax",
     **options: Unpack[MaskOptions],
 ) -> Chain:
     """NAdamW: `nadam` with decoupled weight decay.
 
-    Source: Dozat (2016) and Loshchilov & Hutter (2019). AlgoPerf's NAdamW differs: it divides the
-    look-ahead momentum by 1 - b1^t alone.
+    Source: Dozat (2016) and Loshchilov & Hutter (2019).
 
     Args:
       nesterov: False gives `adamw`, as in Optax.
       momentum_decay: None for a constant momentum, as in Optax, or d ≥ 0 (0.004 in
         PyTorch, 1.0 in Keras) for b1·(1 - ½·0.96^(t·d)).
+      correction: what the look-ahead momentum b1·mu + (1 - b1)·g is divided by: "optax" divides mu
+        by 1 - b1^(t+1), and g by 1 - b1^t; "algoperf" divides both by 1 - b1^t, as AlgoPerf's
+        NAdamW (Choi et al. 2019, Table 1).
 
     >>> tx = nadamw(1e-3, weight_decay=0.05)
     """
     storage = options.get("storage")
     along = (
         link_of(scale_by_nadam)(
-            b1, b2, eps, eps_root, mu_dtype, momentum_decay=momentum_decay, storage=storage
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            momentum_decay=momentum_decay,
+            correction=correction,
+            storage=storage,
         )
         if nesterov
         else link_of(scale_by_adam)(b1, b2, eps, eps_root, mu_dtype, storage=storage)

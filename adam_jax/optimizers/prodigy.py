@@ -60,7 +60,7 @@ def prodigy(
     errors.above_zero("estim_lr0", estim_lr0)
     b1, b2 = betas
     given = {
-        "learning_rate": learning_rate,
+        "gamma": learning_rate,
         "b1": b1,
         "b2": b2,
         "b3": decay_rate(b2) ** 0.5 if beta3 is None else beta3,

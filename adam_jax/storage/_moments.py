@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from adam_jax._util import errors
 from adam_jax._util.declare import Moment, Start
@@ -34,6 +34,7 @@ from adam_jax.storage._reduced import (
     FactoredLeaf,
     Mean,
     MeanLeaf,
+    NumberLeaf,
     ReducedLeaf,
     Reduction,
     TotalLeaf,
@@ -51,7 +52,7 @@ def decode(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
 
     A reduced leaf must be normalized. A mean keeps the size 1 of its axes.
     """
-    if isinstance(stored, (FactoredLeaf, MeanLeaf)):
+    if isinstance(stored, (FactoredLeaf, MeanLeaf, TotalLeaf)):
         return _reduced.decode(stored, dtype)
     if not isinstance(stored, QuantizedLeaf):
         return _dense.decode(stored, dtype)
@@ -79,7 +80,7 @@ def encode(
     rounded down if its code can. With `saturate`, Inf and NaN give their
     block the largest finite scale.
     """
-    if isinstance(stored, (FactoredLeaf, MeanLeaf)):
+    if isinstance(stored, (FactoredLeaf, MeanLeaf, TotalLeaf)):
         return _reduced.encode(x, stored)
     if not isinstance(stored, QuantizedLeaf):
         return _dense.encode(x, stored, bits)
@@ -245,14 +246,24 @@ def is_lossy(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
     return isinstance(stored, (QuantizedLeaf, FactoredLeaf, MeanLeaf))
 
 
-def any_lossy(moments: Sequence[Sequence[Stored]]) -> bool:
-    """Whether any moment of a leaf is quantized or reduced."""
+def is_number(stored: Stored) -> TypeGuard[NumberLeaf]:
+    """Whether one leaf of a moment is one number, which is exact."""
+    return isinstance(stored, NumberLeaf)
+
+
+def any_of_other_shape(moments: Sequence[Sequence[Stored]]) -> bool:
+    """Whether any moment of a leaf is stored in arrays of other shapes than the leaf's."""
     return any(is_lossy(x) for each in moments for x in each)
 
 
 def any_total(moments: Sequence[Sequence[Stored]]) -> bool:
     """Whether a leaf's rules have totals."""
     return any(isinstance(x, TotalLeaf) for each in moments for x in each)
+
+
+def any_lossy(moments: Sequence[Sequence[Stored]]) -> bool:
+    """Whether any moment of a leaf is quantized, or reduced to a mean."""
+    return any(is_lossy(x) and not is_number(x) for each in moments for x in each)
 
 
 def any_bfloat16(moments: Sequence[Sequence[Stored]]) -> bool:
@@ -285,6 +296,8 @@ def start(
     storage: Storage, name: str, declared: Moment, params: PyTree, value: Numeric | Start
 ) -> PyTree:
     """Return the initial moment, in several trees if any leaf may be quantized or reduced."""
+    if declared.one_per_leaf:
+        return _start_per_leaf(params, value)
 
     def arrays(path: KeyPath, leaf: PyTree) -> list[jax.Array]:
         kept = format_of(storage, name, declared, path, leaf)
@@ -324,6 +337,18 @@ def start(
     return kind(*map(treedef.unflatten, (first, *others)))
 
 
+def _start_per_leaf(params: PyTree, value: Numeric | Start) -> PyTree:
+    """Return the initial moment with one number per leaf, a function of the leaf or a constant."""
+
+    def number(leaf: PyTree) -> jax.Array:
+        dtype = arithmetic_dtype(jnp.result_type(leaf))  # complex for complex leaves, as in Optax
+        x = value(jnp.asarray(leaf, dtype)) if callable(value) else value
+        return _shard_like(jnp.asarray(x, dtype), leaf)
+
+    boxed, treedef = jax.tree.flatten(params, is_leaf=is_box)
+    return treedef.unflatten([number(unbox(box)) for box in boxed])
+
+
 def _shard_like(scales: jax.Array, leaf: PyTree) -> jax.Array:
     """Shard scales like their leaf, along the axes that the mesh divides evenly.
 
@@ -333,7 +358,8 @@ def _shard_like(scales: jax.Array, leaf: PyTree) -> jax.Array:
     sharding = jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return scales
-    spec = drop_indivisible(sharding.mesh, sharding.spec, scales.shape)
+    entries = sharding.spec[: scales.ndim]
+    spec = drop_indivisible(sharding.mesh, P(*entries), scales.shape)
     target = NamedSharding(sharding.mesh, spec)
     if not traced:
         return jax.device_put(scales, target)

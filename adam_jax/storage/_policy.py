@@ -70,7 +70,10 @@ def choose(storage: Storage, name: str, declared: Moment) -> Storage:
 
     A mean is possible for non-negative averages only. Other moments keep the default, unless
     `storage` names them. "compact" factors an average if its lower bound limits the step.
+    One number per leaf is always stored in float32.
     """
+    if declared.one_per_leaf:
+        return None
     explicitly = False
     if declared.exact:
         storage = storage.get(name) if isinstance(storage, Mapping) else None

@@ -54,6 +54,10 @@ class MeanLeaf(NamedTuple):
     values: jax.Array
 
 
+class NumberLeaf(MeanLeaf):
+    """One leaf of a moment with one number per leaf, or per entry of the leaf's first axes."""
+
+
 class TotalLeaf(NamedTuple):
     """The sum of an array over a whole leaf, which is in no state; every axis has size 1."""
 
@@ -158,6 +162,11 @@ def encode(x: jax.Array, stored: ReducedLeaf) -> ReducedLeaf:
     """Return the means of x in the shapes of `stored`."""
     new = means(sums(x, stored), x.shape)
     return type(stored)(*(a.astype(b.dtype) for a, b in zip(new, stored, strict=True)))
+
+
+def number_leaf(x: PyTree, ndim: int, dtype: jax.typing.DTypeLike) -> NumberLeaf:
+    """Return the number of a leaf with `ndim` axes, with size 1 along the axes that it lacks."""
+    return NumberLeaf(jnp.reshape(x, (*x.shape, *[1] * (ndim - x.ndim))).real.astype(dtype))
 
 
 def sums(x: jax.Array, stored: ReducedLeaf) -> ReducedLeaf:

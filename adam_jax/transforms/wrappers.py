@@ -18,7 +18,7 @@ from adam_jax._engine.transformation import (
 )
 from adam_jax._util import errors
 from adam_jax._util.declare import Rule
-from adam_jax._util.typing import FROM_ZERO, DecayRate, NonNegative, PyTree
+from adam_jax._util.typing import FROM_ZERO, UNIT, DecayRate, NonNegative, PyTree
 from adam_jax.optimizers.from_rule import scale_by_rule
 from adam_jax.storage import Storage
 from adam_jax.transforms.chain import chain
@@ -92,11 +92,44 @@ def mars(
     return with_repr(chain(corrected, tx), f"mars({tx!r}, gamma={gamma}, b1={b1})")
 
 
+def grokfast(
+    tx: optax.GradientTransformation,
+    alpha: DecayRate = 0.98,
+    lamb: NonNegative = 2.0,
+    *,
+    storage: Storage = None,
+    implementation: str = "auto",
+) -> Transformation:
+    """Pass g + lamb·slow to `tx`, where slow averages the gradients: Grokfast-EMA.
+
+    It shortens the delay until a small model that has memorized its data generalizes. The state is
+    the pair (state with slow, state of `tx`).
+    Source: Lee et al. (2024), Grokfast: Accelerated Grokking by Amplifying Slow Gradients,
+    arXiv:2405.20233, Algorithm 2.
+
+    Args:
+      tx: a direction or an optimizer.
+      alpha: in [0, 1), the decay rate of the average gradient.
+      lamb: ≥ 0, the weight of the average gradient.
+
+    >>> import adam_jax
+    >>> tx = grokfast(adam_jax.adamw(1e-3, weight_decay=1.0))
+    """
+    given: dict[str, PyTree] = {"alpha": alpha, "lamb": lamb}
+    with errors.error_context("grokfast"):
+        errors.transformation("tx", tx, "grokfast(tx)")
+        errors.in_range("alpha", alpha, UNIT)
+        errors.in_range("lamb", lamb, FROM_ZERO)
+    amplified = scale_by_rule(
+        rules.grokfast, storage=storage, implementation=implementation, **given
+    )
+    return with_repr(chain(amplified, tx), f"grokfast({tx!r}, alpha={alpha}, lamb={lamb})")
+
+
 def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
     with errors.error_context(rule.name):
         errors.transformation("tx", tx, f"{rule.name}(tx)")
-    if any(link.rule is rules.descend for _, link in links_of(tx)) or _descends(tx):
-        errors.finished(rule.name, describe(tx))
+    refuse_finished(rule.name, tx)
     inner = optax.with_extra_args_support(tx)
     follower = Chain(rule.name, (link(rule, {}),), "auto", bare=True)
     follow = errors.error_context(rule.name)(follower.step)
@@ -114,6 +147,12 @@ def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
 
     parts = (tx, follower.transformation())
     return transformation_of(parts, tx.init, update, f"{rule.name}({tx!r})")
+
+
+def refuse_finished(wrapper: str, tx: optax.GradientTransformation) -> None:
+    """Raise if the updates of a transformation point against the gradient."""
+    if any(link.rule is rules.descend for _, link in links_of(tx)) or _descends(tx):
+        errors.finished(wrapper, describe(tx))
 
 
 def _descends(tx: optax.GradientTransformation) -> bool:

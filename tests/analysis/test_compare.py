@@ -273,7 +273,7 @@ def test_an_unknown_name_is_an_error_in_one_line(capsys):
         main(["compare", "adamw", "adamm"])
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
-    assert "adamax, adamaxw, adamw," in printed and "adamm" in printed
+    assert "adamax, adamaxw, adamh, adamw," in printed and "adamm" in printed
 
 
 def test_the_schedule_of_the_tasks_rises_and_falls():

@@ -116,6 +116,14 @@ def test_every_format_lowers_to_a_kernel(name, platform):
     assert program.count(CALL[platform]) == len(FORMATS) * passes
 
 
+@every_platform
+def test_a_number_per_leaf_lowers_to_a_kernel_for_any_axes(platform):
+    tx = adam_jax.novograd(0.1, storage=lambda path, leaf: "int8", implementation="pallas")
+    params = {"kernel": jnp.ones((3, 16, 256)), "bias": jnp.ones(300)}
+    program = lowered(platform, tx.update, params, tx.init(params), params)
+    assert program.count(CALL[platform]) == 2  # a bias takes none
+
+
 @pytest.mark.parametrize(
     "shape", [(4096, 1024), pytest.param((1335, 50257), marks=pytest.mark.slow), (3, 3, 64, 64)]
 )

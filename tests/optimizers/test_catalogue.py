@@ -49,7 +49,8 @@ def test_an_entry_lists_the_moments_that_init_allocates(name):
     assert len(ENTRIES[name].state) == floats // size
     moments = getattr(adam_jax, f"scale_by_{name}", None)
     if moments is not None:
-        assert ENTRIES[name].state == tuple(adam_jax.moments(moments().init(jnp.ones(3))))
+        read = adam_jax.moments(moments().init(jnp.ones(3)))
+        assert ENTRIES[name].state == tuple(k for k, moment in read.items() if moment.shape == (3,))
 
 
 def test_lines_of_the_table_fit_a_wide_terminal():

@@ -13,6 +13,8 @@ CONSTRUCTORS = {entry.name: entry.constructor for entry in adam_jax.catalogue()}
 DIRECTIONS = {n: getattr(adam_jax, n) for n in adam_jax.__all__ if n.startswith("scale_by_")}
 del DIRECTIONS["scale_by_rule"]
 
+OWN_DECAY = ("adamh", "novograd", "schedule_free_adamw")
+
 every_function = pytest.mark.parametrize("name", {**CONSTRUCTORS, **DIRECTIONS})
 
 
@@ -21,7 +23,7 @@ def test_the_signature_lists_every_argument(name):
     parameters = inspect.signature(getattr(adam_jax, name)).parameters.values()
     assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
     assert {"storage", "implementation"} <= {p.name for p in parameters}
-    if name in CONSTRUCTORS and name != "schedule_free_adamw":
+    if name in CONSTRUCTORS and name not in OWN_DECAY:
         shared = {"weight_decay", "weight_decay_mask", "weight_decay_form", "cautious"}
         assert shared <= {p.name for p in parameters}
 

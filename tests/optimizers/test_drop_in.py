@@ -18,9 +18,10 @@ import reference
 
 pytestmark = pytest.mark.standard_promotion  # parts of Optax need it
 
-DIRECTIONS = [f"scale_by_{x}" for x in ("adam", "amsgrad", "adamax", "radam", "rms", "stddev")]
+DIRECTIONS = ["adam", "amsgrad", "adamax", "novograd", "radam", "rms", "stddev"]
+DIRECTIONS = [f"scale_by_{name}" for name in DIRECTIONS]
 OPTIMIZERS = ["adam", "adamw", "nadam", "nadamw", "amsgrad", "adamax", "adamaxw", "radam"]
-OPTIMIZERS += ["rmsprop", "sgd"]
+OPTIMIZERS += ["novograd", "rmsprop", "sgd"]
 NAMES = [*OPTIMIZERS, *DIRECTIONS, "trace"]
 
 
@@ -137,6 +138,8 @@ CALLS = [
     ("adamax", (1e-2, 0.8, 0.99, 1e-4), {}),
     ("adamaxw", (1e-2, 0.8, 0.99, 1e-4, 0.1, no_bias), {}),
     ("adamaxw", (1e-2,), {"weight_decay": warmup, "mask": PREFIX}),
+    ("novograd", (1e-2, 0.8, 0.3, 1e-4, 1e-8, 0.1), {}),
+    ("novograd", (warmup,), {"weight_decay": 0.1}),
     ("radam", (1e-2, 0.8, 0.99, 1e-6, 1e-8, 4.5), {"nesterov": True}),
     ("rmsprop", (1e-2, 0.8, 1e-4, 0.5, False, True, 0.9, True, True), {}),
     ("rmsprop", (warmup,), {**RMS, **MOMENTUM}),
@@ -151,6 +154,7 @@ CALLS = [
         ADAM | HALF | {"bias_correction_mu": False, "bias_correction_nu": True},
     ),
     ("scale_by_adamax", (0.8, 0.99, 1e-4), {}),
+    ("scale_by_novograd", (0.8, 0.3, 1e-4, 1e-8, 0.1, "float64"), {}),
     ("scale_by_radam", (), {**ADAM, "threshold": 4.5, "nesterov": True}),
     ("scale_by_rms", (), {**RMS, "eps_in_sqrt": False, "bias_correction": True}),
     ("scale_by_stddev", (), {**RMS, "eps_in_sqrt": False}),
@@ -200,7 +204,9 @@ def test_every_argument_of_optax_is_tested():
         assert given == set(parameters), name
 
 
-@pytest.mark.parametrize("name", ["adamw", "nadam", "amsgrad", "radam", "rmsprop", "sgd"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "nadam", "amsgrad", "novograd", "radam", "rmsprop", "sgd"]
+)
 def test_a_state_of_optax_continues_here(name):
     with jax.enable_x64(True):
         params, gradients = trees(20)
@@ -224,6 +230,7 @@ REFERENCES = {  # constructor: its reference, its keywords, the reference's
     "adamax": (reference.adamax, {}, {}),
     "adamaxw": (reference.adamax, DECAY, {}),
     "radam": (reference.radam, {}, {}),
+    "novograd": (reference.novograd, {}, {"eps": 1e-6}),
     "rmsprop": (reference.rms, {}, {}),
     "rmsprop corrected": (reference.rms, {"bias_correction": True}, {"bias_correction": True}),
     "rmsprop centered": (reference.rms_centered, {"centered": True}, {}),

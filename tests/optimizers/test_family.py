@@ -80,6 +80,15 @@ def test_adan_weighs_differences_as_the_authors_or_as_optax():
     assert np.abs(paper - other).max() > 0.1
 
 
+def test_nadam_corrects_biases_as_algoperf():
+    g = gradients_with_everything(30)
+    expected = run_reference("nadam", g, correction="algoperf")
+    with jax.enable_x64(True):
+        got = updates_over(adam_jax.nadamw(1.0, weight_decay=0.0, correction="algoperf"), g)
+    np.testing.assert_allclose(-got, expected, rtol=1e-11, atol=1e-12)
+    assert np.abs(expected - run_reference("nadam", g)).max() > 0.05
+
+
 @pytest.mark.parametrize("name, theirs", [("amsgrad_raw", "amsgrad"), ("nadam_scheduled", "nadam")])
 def test_pytorch_and_optax_differ_in_amsgrad_and_nadam(name, theirs):
     g = gradients_with_everything(60)
@@ -113,6 +122,22 @@ def test_ademamix_with_warmup_equals_its_reference():
     np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 
+# b2 of another batch size
+
+
+def test_rescale_b2_keeps_the_half_life_in_examples():
+    b2 = adam_jax.schedules.rescale_b2(0.95, batch_size=512, new_batch_size=8)
+    assert np.log(0.5) / np.log(b2) * 8 == pytest.approx(np.log(0.5) / np.log(0.95) * 512)
+    rescale = adam_jax.schedules.rescale_b2
+    assert rescale(0.9, batch_size=4, new_batch_size=8) == pytest.approx(0.81)
+    with pytest.raises(ValueError, match=says("rescale_b2", "b2", "[0, 1)", "1.5")):
+        rescale(1.5, batch_size=4, new_batch_size=8)
+    with pytest.raises(ValueError, match=says("rescale_b2", "batch_size", "> 0", "got 0")):
+        rescale(0.9, batch_size=0, new_batch_size=8)
+    with pytest.raises(ValueError, match=says("rescale_b2", "new_batch_size", "> 0", "got -8")):
+        rescale(0.9, batch_size=4, new_batch_size=-8)
+
+
 # Convergence
 
 
@@ -121,7 +146,8 @@ def test_every_optimizer_minimizes_the_rosenbrock_function(name):
     rates = {"amsgrad": 0.5, "lion": 1e-2, "lamb": 1e-2, "radam": 2e-3, "yogi": 0.1}
     rates |= {"sgd": 1e-3, "simplified_ademamix": 5e-5, "adopt": 0.5, "prodigy": 1.0}
     rate = optax.cosine_decay_schedule(rates.get(name, 2e-2), 10_000)
-    tx = FINISHED[name](rate, weight_decay=0.0, **({"momentum": 0.9} if name == "sgd" else {}))
+    given = {} if name == "adamh" else {"weight_decay": 0.0}  # AdamH has none
+    tx = FINISHED[name](rate, **given, **({"momentum": 0.9} if name == "sgd" else {}))
 
     def loss(p):
         return (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2

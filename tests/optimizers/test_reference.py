@@ -1,5 +1,7 @@
 """The rules in reference.py against independent implementations, in float64, over 60 steps."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -34,7 +36,7 @@ def run(rule, grads, **kw):
 
 
 def with_optax(tx, grads, params=None):
-    us = []
+    us, params = [], 0 * grads[0] if params is None else params
     with jax.enable_x64(True):
         s = tx.init(jax.numpy.asarray(grads[0]) * 0)
         update = jax.jit(tx.update)
@@ -99,6 +101,8 @@ OPTAX = [
     (ref.ademamix, optax.contrib.scale_by_ademamix, ADAM | dict(b3=0.999, alpha=2.0)),
     (ref.simplified_ademamix, optax.contrib.scale_by_simplified_ademamix, {}),
     (ref.simplified_ademamix, optax.contrib.scale_by_simplified_ademamix, dict(alpha=3.0)),
+    (ref.novograd, optax.scale_by_novograd, {}),
+    (ref.novograd, optax.scale_by_novograd, dict(b1=0.8, b2=0.9, eps=1e-6, eps_root=1e-6)),
     (ref.lion, optax.scale_by_lion, {}),
     (ref.lion, optax.scale_by_lion, dict(mode="smooth", smooth_beta=2.0)),
     (ref.lion, optax.scale_by_lion, dict(mode="refined")),
@@ -209,6 +213,27 @@ def stable_adamw_authors(grads, b1=0.9, b2=0.999, eps=1e-8):
     return np.stack(us)
 
 
+def nadam_algoperf(grads, b1=0.9, b2=0.999, eps=1e-8):
+    """mlcommons/algorithmic-efficiency, scale_by_nadam: mu is averaged with g a second time."""
+    us, mu, nu = [], 0.0, 0.0
+    for k, g in enumerate(grads, 1):
+        mu = (1 - b1) * g + b1 * mu
+        nu = (1 - b2) * g**2 + b2 * nu
+        ahead = ((1 - b1) * g + b1 * mu) / (1 - b1**k)
+        us.append(ahead / (np.sqrt(nu / (1 - b2**k)) + eps))
+    return np.stack(us)
+
+
+def grokfast_authors(grads, alpha=0.98, lamb=2.0):
+    """ironjr/grokfast, gradfilter_ema: the average is made from the first gradient, then moved."""
+    us, average = [], None
+    for g in grads:
+        average = g if average is None else average
+        average = average * alpha + g * (1 - alpha)
+        us.append(g + average * lamb)
+    return np.stack(us)
+
+
 def eps_hat_by_adam(grads):
     s, us = {}, []
     for t, g in enumerate(grads, 1):
@@ -232,6 +257,8 @@ def atan2_by_angle(grads, b1=0.9, b2=0.999, a=1.27, b=1.0):
     "rule, other",
     [
         (ref.adan, adan_authors),
+        (functools.partial(ref.nadam, correction="algoperf"), nadam_algoperf),
+        (ref.grokfast, grokfast_authors),
         (ref.laprop, laprop_authors),
         (ref.stable_adamw, stable_adamw_authors),
         (ref.adam_eps_hat, eps_hat_by_adam),
@@ -242,10 +269,10 @@ def test_a_reference_equals_another_form_of_its_rule(rule, other):
     assert_close(run(rule, gradients()), other(gradients()))
 
 
-def test_adams_equals_its_closed_form():
+def test_adam_s_equals_its_closed_form():
     t = np.arange(1, STEPS + 1)
     expected = (1 - 0.9**t) / np.sqrt(0.95 * (1 - 0.9 ** (t - 1)) ** 2 + 0.05)
-    u = run(ref.adams, np.full((STEPS, 2), [3.0, -0.02]), eps=0.0)
+    u = run(ref.adam_s, np.full((STEPS, 2), [3.0, -0.02]), eps=0.0)
     assert_close(u, expected[:, None] * [1, -1])
 
 
@@ -273,6 +300,28 @@ def test_trust_ratio_equals_optax():
     us = with_optax(optax.scale_by_trust_ratio(), g, p)
     assert_close(np.stack([ref.trust_ratio(x, p) for x in g]), us)
     np.testing.assert_array_equal(ref.trust_ratio(p, 0 * p), p)
+
+
+def adamh_levanter(p, grads, lr, b1=0.9, b2=0.95, eps=1e-8):
+    """Step as marin-community/marin's _adamh_projected_update, which adds a projected update."""
+    target, m, v = np.sqrt(np.sum(p**2)), 0.0, 0.0
+    for k, g in enumerate(grads, 1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        u = m / (1 - b1**k) / (np.sqrt(v / (1 - b2**k)) + eps)
+        length = np.sqrt(np.sum(u**2))
+        projected = np.sum(p**2) - 2 * lr * target * np.sum(p * u) / length + lr**2 * target**2
+        ratio = target / np.sqrt(projected)
+        p = p + p * (ratio - 1) - u * (lr * target * ratio / length)
+    return p
+
+
+def test_hyperball_equals_levanters_adamh():
+    p = q = np.linspace(-2, 2, 48).reshape(8, 6)
+    grads, s = gradients(), {}
+    for t, g in enumerate(grads, 1):
+        u, s = ref.adam(g, s, t=t, b2=0.95)
+        q = ref.hyperball(u, q, np.linalg.norm(p), learning_rate=0.05)
+    assert_close(q, adamh_levanter(p, grads, 0.05))
 
 
 def test_cautious_and_grams_equal_values_found_by_hand():
@@ -381,7 +430,7 @@ def test_the_radam_paper_rectifies_one_step_earlier():
 
 
 @pytest.mark.parametrize(
-    "rule", sorted({r for r, *_ in OPTAX + TORCH} | {ref.adan, ref.laprop, ref.adams}, key=str)
+    "rule", sorted({r for r, *_ in OPTAX + TORCH} | {ref.adan, ref.laprop, ref.adam_s}, key=str)
 )
 def test_references_do_not_change_their_arguments(rule):
     g = gradients()

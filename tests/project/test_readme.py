@@ -40,6 +40,7 @@ def test_the_first_snippet_of_the_readme_trains():
     [
         "docs/optimizers.md",
         "docs/bf16_parameters.md",
+        "docs/recipes.md",
         pytest.param("docs/gradient_release.md", marks=pytest.mark.slow),
     ],
 )

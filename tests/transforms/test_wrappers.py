@@ -11,11 +11,13 @@ import pytest
 import adam_jax
 import reference
 from helpers import (
+    DECAYED,
     FINISHED,
     every_optimizer,
     gradients_with_everything,
     other_rules_slowly,
     run_reference,
+    says,
     updates_over,
 )
 
@@ -42,6 +44,25 @@ def test_mars_corrects_the_gradient_for_its_direction():
     np.testing.assert_allclose(got, run_reference("adam", np.stack(c)), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.standard_promotion
+def test_grokfast_passes_amplified_gradients_to_any_optimizer():
+    g = gradients_with_everything(20)
+    given = {"alpha": 0.9, "lamb": 3.0}
+    with jax.enable_x64(True):
+        ours = updates_over(adam_jax.grokfast(adam_jax.adam(1.0), **given), g)
+        theirs = updates_over(adam_jax.grokfast(optax.adam(1.0), **given), g)
+    expected = -run_reference("adam", run_reference("grokfast", g, **given))
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(theirs, expected, rtol=1e-9, atol=1e-12)
+    assert set(adam_jax.moments(adam_jax.grokfast(adam_jax.adam(1.0)).init(1.0))) == {
+        "slow",
+        "mu",
+        "nu",
+    }
+    with pytest.raises(ValueError, match=says("grokfast", "alpha", "[0, 1)", "1.0")):
+        adam_jax.grokfast(adam_jax.adam(1.0), alpha=1.0)
+
+
 def test_wrappers_compose():
     g = gradients_with_everything(20)
     with jax.enable_x64(True):
@@ -60,7 +81,7 @@ def test_cautious_and_grams_refuse_a_finished_optimizer(name, wrapper):
             getattr(adam_jax, wrapper)(tx)
 
 
-@other_rules_slowly(FINISHED)
+@other_rules_slowly(DECAYED)
 def test_cautious_true_masks_the_direction_before_the_decay(name):
     g = gradients_with_everything(12).astype(np.float32)
     params = jnp.ones_like(g[0])
