@@ -2,7 +2,7 @@
 
 from adam_jax import diagnostics, interop, optimizers, rules, schedules, storage
 from adam_jax._engine.apply import apply
-from adam_jax._engine.state import moments, step_count
+from adam_jax._engine.state import moments, reset_step_count, step_count
 from adam_jax._util.declare import initial_param, positive, rule, running_max, scalar, signed
 from adam_jax._util.numerics import abs_sq, debias, ema, sqrt
 from adam_jax._util.paths import matching, not_matching
@@ -54,6 +54,7 @@ __all__ = [
     "moments",
     "not_matching",
     "positive",
+    "reset_step_count",
     "rule",
     "rules",
     "running_max",

@@ -1,4 +1,4 @@
-"""Schedules specific to a variant; for learning-rate schedules, use Optax."""
+"""Schedules and scalings of hyperparameters; for learning-rate schedules, use Optax."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from adam_jax._util import errors
 from adam_jax._util.numerics import Decay, decay_rate
 from adam_jax._util.typing import (
+    UNIT,
     DecayRate,
     DecayRateOrSchedule,
     Numeric,
@@ -57,3 +58,27 @@ def ademamix_warmup(
         return Decay(jnp.exp(log), log, -jnp.expm1(log))
 
     return slow_rate, lambda count: progress(count) * final
+
+
+def rescale_b2(b2: float, *, batch_size: float, new_batch_size: float) -> float:
+    """Return b2 for another batch size: b2^(new_batch_size/batch_size).
+
+    The half-life of the average squared gradient then stays the same number of examples.
+    Source: Marek et al. (2025), Small Batch Size Training for Language Models, arXiv:2507.07101.
+
+    Args:
+      b2: the decay rate at `batch_size`, in [0, 1).
+      batch_size: > 0, in any unit, such as sequences or tokens.
+      new_batch_size: > 0, in the same unit.
+
+    Raises:
+      ValueError: a number is out of range.
+
+    >>> round(rescale_b2(0.95, batch_size=512, new_batch_size=8), 6)
+    0.999199
+    """
+    with errors.error_context("rescale_b2"):
+        errors.in_range("b2", b2, UNIT)
+        errors.above_zero("batch_size", batch_size)
+        errors.above_zero("new_batch_size", new_batch_size)
+    return b2 ** (new_batch_size / batch_size)

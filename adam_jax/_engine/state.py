@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from adam_jax._util.numerics import arithmetic_dtype
+from adam_jax._util.paths import search
 from adam_jax._util.typing import KeyPath, PyTree
 from adam_jax.storage import _moments
 from adam_jax.storage._moments import Stored
@@ -156,6 +158,60 @@ def step_count(state: PyTree) -> jax.Array:
         "step_count: the state must have a step count, got none (plain sgd has none); "
         "count in the training loop, or use optax.inject_hyperparams"
     )
+
+
+def reset_step_count(state: PyTree, pattern: str | None = None) -> PyTree:
+    """Return an optimizer's state whose steps count from 0 again, with the same moments.
+
+    Bias correction restarts with old moments, so Adam's next step is (1 - b2)^½/(1 - b1) times as
+    long, 0.32 by default, and a larger gradient of a new target gives no large step. Schedules of
+    the moments' hyperparameters, such as b2, restart, too. Schedules of the learning rate and of
+    weight decay continue, and so do the counts of wrappers. Rules with another first step (`adan`,
+    `adopt`, `novograd`) make it again.
+    Source: Ellis et al. (2024), Adam on Local Time (Adam-Rel): in reinforcement learning, reset the
+    count whenever the target changes, such as at each new batch of rollouts in PPO.
+
+    Args:
+      state: the state of an adam_jax or Optax optimizer, or of a chain with one; also
+        `nnx.Optimizer.opt_state`.
+      pattern: a regular expression, searched in the labels of `groups` (or `optax.partition`), for
+        the groups to reset; None for all.
+
+    Returns:
+      a state of the same types.
+
+    Raises:
+      ValueError: no step count is next to moments (plain sgd has none), no group matches, or the
+        pattern isn't a regular expression.
+
+    >>> import adam_jax, jax.numpy as jnp
+    >>> tx, params = adam_jax.adam(1e-3), {"w": jnp.ones(2)}
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> int(step_count(state)), int(step_count(reset_step_count(state)))
+    (1, 0)
+    """
+    matches = None if pattern is None else search("reset_step_count", pattern)
+    found: list[str] = []
+
+    def reset(path: KeyPath, node: PyTree) -> PyTree:
+        moments = moment_fields(node)
+        counts = count_fields(type(node), moments) if moments else ()
+        labels = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if not counts or not (matches is None or any(map(matches, labels))):
+            return node
+        found.extend(counts)
+        return node._replace(**{k: jax.tree.map(jnp.zeros_like, getattr(node, k)) for k in counts})
+
+    new = jax.tree_util.tree_map_with_path(
+        reset, state, is_leaf=lambda node: bool(moment_fields(node))
+    )
+    if not found:
+        of = "" if pattern is None else f" in a group whose label matches {pattern!r}"
+        raise ValueError(
+            f"reset_step_count: the state must have a step count next to moments{of}, got none; "
+            f"pass the state of an optimizer such as adamw, or another pattern"
+        )
+    return new
 
 
 def named_tuples(state: PyTree) -> list[tuple[KeyPath, State]]:

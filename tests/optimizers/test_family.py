@@ -113,6 +113,22 @@ def test_ademamix_with_warmup_equals_its_reference():
     np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 
+# b2 of another batch size
+
+
+def test_rescale_b2_keeps_the_half_life_in_examples():
+    b2 = adam_jax.schedules.rescale_b2(0.95, batch_size=512, new_batch_size=8)
+    assert np.log(0.5) / np.log(b2) * 8 == pytest.approx(np.log(0.5) / np.log(0.95) * 512)
+    rescale = adam_jax.schedules.rescale_b2
+    assert rescale(0.9, batch_size=4, new_batch_size=8) == pytest.approx(0.81)
+    with pytest.raises(ValueError, match=says("rescale_b2", "b2", "[0, 1)", "1.5")):
+        rescale(1.5, batch_size=4, new_batch_size=8)
+    with pytest.raises(ValueError, match=says("rescale_b2", "batch_size", "> 0", "got 0")):
+        rescale(0.9, batch_size=0, new_batch_size=8)
+    with pytest.raises(ValueError, match=says("rescale_b2", "new_batch_size", "> 0", "got -8")):
+        rescale(0.9, batch_size=4, new_batch_size=-8)
+
+
 # Convergence
 
 
