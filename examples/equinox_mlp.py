@@ -29,36 +29,30 @@ def train_step(tx, trained, frozen, state, x, y):
     return eqx.apply_updates(trained, updates), state, loss
 
 
-def main():
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)
-    x, x_test, y, y_test = train_test_split(images, labels, test_size=0.2, random_state=0)
-    rng = np.random.default_rng(0)
-    model = eqx.nn.MLP(64, 10, width_size=256, depth=2, key=jax.random.key(0))
-    first_weight = model.layers[0].weight
+images, labels = load_digits(return_X_y=True)
+x, x_test, y, y_test = train_test_split(np.float32(images / 16), labels, random_state=0)
+rng = np.random.default_rng(0)
+model = eqx.nn.MLP(64, 10, width_size=256, depth=2, key=jax.random.key(0))
+first_weight = model.layers[0].weight
 
-    # The first layer keeps its random weights: its leaves, and functions, are None in `trained`.
-    trainable = jax.tree.map(eqx.is_inexact_array, model)
-    trainable = eqx.tree_at(lambda m: m.layers[0], trainable, replace=False)
-    trained, frozen = eqx.partition(model, trainable)
+# The first layer keeps its random weights: its leaves, and functions, are None in `trained`.
+trainable = jax.tree.map(eqx.is_inexact_array, model)
+trainable = eqx.tree_at(lambda m: m.layers[0], trainable, replace=False)
+trained, frozen = eqx.partition(model, trainable)
 
-    tx = adam_jax.adamw(
-        optax.cosine_decay_schedule(3e-3, STEPS),
-        weight_decay=0.1,
-        weight_decay_mask=adam_jax.not_matching("bias"),
-    )
-    state = tx.init(trained)
+tx = adam_jax.adamw(
+    optax.cosine_decay_schedule(3e-3, STEPS),
+    weight_decay=0.1,
+    weight_decay_mask=adam_jax.not_matching("bias"),
+)
+state = tx.init(trained)
 
-    for _ in (progress := trange(STEPS)):
-        batch = rng.choice(len(x), BATCH, replace=False)
-        trained, state, loss = train_step(tx, trained, frozen, state, x[batch], y[batch])
-        progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+for _ in (progress := trange(STEPS)):
+    batch = rng.choice(len(x), BATCH, replace=False)
+    trained, state, loss = train_step(tx, trained, frozen, state, x[batch], y[batch])
+    progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
-    model = eqx.combine(trained, frozen)
-    accuracy = jnp.mean(jnp.argmax(jax.vmap(model)(x_test), axis=-1) == y_test)
-    print(f"test accuracy {accuracy:.3f}")
-    assert accuracy > 0.95 and jnp.array_equal(model.layers[0].weight, first_weight)
-
-
-if __name__ == "__main__":
-    main()
+model = eqx.combine(trained, frozen)
+accuracy = jnp.mean(jnp.argmax(jax.vmap(model)(x_test), axis=-1) == y_test)
+print(f"test accuracy {accuracy:.3f}")
+assert accuracy > 0.95 and jnp.array_equal(model.layers[0].weight, first_weight)

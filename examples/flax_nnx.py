@@ -41,34 +41,28 @@ def train_step(model, optimizer, x, y):
     return loss
 
 
-def main():
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)
-    x, x_test, y, y_test = train_test_split(images, labels, test_size=0.2, random_state=0)
-    rng = np.random.default_rng(0)
-    model = Classifier(nnx.Rngs(0))
+images, labels = load_digits(return_X_y=True)
+x, x_test, y, y_test = train_test_split(np.float32(images / 16), labels, random_state=0)
+rng = np.random.default_rng(0)
+model = Classifier(nnx.Rngs(0))
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, warmup_steps=40, decay_steps=STEPS)
-    tx = adam_jax.adamw(
-        schedule,
-        weight_decay=0.1,
-        weight_decay_mask=adam_jax.not_matching("bias", "norm"),
-        storage="int8",
-    )
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, warmup_steps=40, decay_steps=STEPS)
+tx = adam_jax.adamw(
+    schedule,
+    weight_decay=0.1,
+    weight_decay_mask=adam_jax.not_matching("bias", "norm"),
+    storage="int8",
+)
+optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    for _ in (progress := trange(STEPS)):
-        batch = rng.choice(len(x), BATCH, replace=False)
-        loss = train_step(model, optimizer, x[batch], y[batch])
-        progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+for _ in (progress := trange(STEPS)):
+    batch = rng.choice(len(x), BATCH, replace=False)
+    loss = train_step(model, optimizer, x[batch], y[batch])
+    progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
-    model.eval()  # without dropout
-    accuracy = jnp.mean(jnp.argmax(model(x_test), axis=-1) == y_test)
-    sizes = [sum(a.nbytes for a in jax.tree.leaves(optimizer.opt_state))]
-    sizes.append(sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param))))
-    print(f"test accuracy {accuracy:.3f}, {sizes[0] / sizes[1]:.2f} bytes of state per parameter")
-    assert accuracy > 0.95
-
-
-if __name__ == "__main__":
-    main()
+model.eval()  # without dropout
+accuracy = jnp.mean(jnp.argmax(model(x_test), axis=-1) == y_test)
+sizes = [sum(a.nbytes for a in jax.tree.leaves(optimizer.opt_state))]
+sizes.append(sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param))))
+print(f"test accuracy {accuracy:.3f}, {sizes[0] / sizes[1]:.2f} bytes of state per parameter")
+assert accuracy > 0.95

@@ -46,34 +46,29 @@ def train_step(state, x, y):
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
 
 
-def main():
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    x, x_test, y, y_test = train_test_split(images, labels, test_size=0.2, random_state=0)
-    rng = np.random.default_rng(0)
+images, labels = load_digits(return_X_y=True)
+images = np.float32(images / 16).reshape(-1, 8, 8, 1)
+x, x_test, y, y_test = train_test_split(images, labels, random_state=0)
+rng = np.random.default_rng(0)
 
-    model = CNN()
-    variables = model.init(jax.random.key(0), x[:1], train=False)
-    tx = adam_jax.chain(
-        adam_jax.clip_by_global_norm(1.0),
-        adam_jax.adamw(
-            optax.cosine_decay_schedule(3e-3, STEPS),
-            weight_decay=0.1,
-            weight_decay_mask=adam_jax.not_matching("bias", "BatchNorm"),
-        ),
-    )
-    state = TrainState.create(apply_fn=model.apply, tx=tx, **variables)
+model = CNN()
+variables = model.init(jax.random.key(0), x[:1], train=False)
+tx = adam_jax.chain(
+    adam_jax.clip_by_global_norm(1.0),
+    adam_jax.adamw(
+        optax.cosine_decay_schedule(3e-3, STEPS),
+        weight_decay=0.1,
+        weight_decay_mask=adam_jax.not_matching("bias", "BatchNorm"),
+    ),
+)
+state = TrainState.create(apply_fn=model.apply, tx=tx, **variables)
 
-    for _ in (progress := trange(STEPS)):
-        batch = rng.choice(len(x), BATCH, replace=False)
-        state, loss = train_step(state, x[batch], y[batch])
-        progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+for _ in (progress := trange(STEPS)):
+    batch = rng.choice(len(x), BATCH, replace=False)
+    state, loss = train_step(state, x[batch], y[batch])
+    progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    accuracy = jnp.mean(jnp.argmax(model.apply(variables, x_test, train=False), axis=-1) == y_test)
-    print(f"test accuracy {accuracy:.3f}")
-    assert accuracy > 0.95
-
-
-if __name__ == "__main__":
-    main()
+variables = {"params": state.params, "batch_stats": state.batch_stats}
+accuracy = jnp.mean(jnp.argmax(model.apply(variables, x_test, train=False), axis=-1) == y_test)
+print(f"test accuracy {accuracy:.3f}")
+assert accuracy > 0.95

@@ -45,37 +45,33 @@ def train_step(state, x, y):
     return state.apply_gradients(grads=grads), loss
 
 
-def main():
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)
-    x, x_test, y, y_test = train_test_split(images, labels, test_size=0.2, random_state=0)
-    rng = np.random.default_rng(0)
+images, labels = load_digits(return_X_y=True)
+x, x_test, y, y_test = train_test_split(np.float32(images / 16), labels, random_state=0)
+rng = np.random.default_rng(0)
 
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    mask = adam_jax.not_matching("bias", "LayerNorm")
-    tx = adam_jax.adamw(1e-3, weight_decay=0.1, weight_decay_mask=mask, storage="int8")
-    model = MLP()
-
-    def create(key):
-        params = model.init(key, x[:1])["params"]
-        return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-
-    # Moments keep the metadata of their parameters, so Linen's functions shard the state, too.
-    shardings = nn.get_sharding(jax.eval_shape(create, jax.random.key(0)), mesh)
-    state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
-
-    rows = NamedSharding(mesh, P("data"))
-    for _ in (progress := trange(STEPS)):
-        batch = rng.choice(len(x), BATCH, replace=False)
-        state, loss = train_step(state, *jax.device_put((x[batch], y[batch]), rows))
-        progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-
-    codes = state.opt_state[0].nu.codes["Dense_1"]["kernel"].value
-    part = codes.addressable_shards[0].data.shape
-    accuracy = jnp.mean(jnp.argmax(model.apply({"params": state.params}, x_test), -1) == y_test)
-    print(f"test accuracy {accuracy:.3f}, each device holds {part} of nu's {codes.shape} codes")
-    assert part == (64, 512) and accuracy > 0.95
+mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+mask = adam_jax.not_matching("bias", "LayerNorm")
+tx = adam_jax.adamw(1e-3, weight_decay=0.1, weight_decay_mask=mask, storage="int8")
+model = MLP()
 
 
-if __name__ == "__main__":
-    main()
+def create(key):
+    params = model.init(key, x[:1])["params"]
+    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+
+# Moments keep the metadata of their parameters, so Linen's functions shard the state, too.
+shardings = nn.get_sharding(jax.eval_shape(create, jax.random.key(0)), mesh)
+state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
+
+rows = NamedSharding(mesh, P("data"))
+for _ in (progress := trange(STEPS)):
+    batch = rng.choice(len(x), BATCH, replace=False)
+    state, loss = train_step(state, *jax.device_put((x[batch], y[batch]), rows))
+    progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+
+codes = state.opt_state[0].nu.codes["Dense_1"]["kernel"].value
+part = codes.addressable_shards[0].data.shape
+accuracy = jnp.mean(jnp.argmax(model.apply({"params": state.params}, x_test), -1) == y_test)
+print(f"test accuracy {accuracy:.3f}, each device holds {part} of nu's {codes.shape} codes")
+assert part == (64, 512) and accuracy > 0.95
