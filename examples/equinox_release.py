@@ -1,6 +1,4 @@
-"""Train a stack of Equinox blocks, one layer's gradient at a time, by `gradient_release`.
-
-The model predicts the next character of Python's help texts.
+"""A language model of stacked Equinox blocks, trained with one layer's gradient at a time.
 
 python examples/equinox_release.py
 """

@@ -1,6 +1,4 @@
-"""Train Linen's `nn.scan` of layers, one layer's gradient at a time, by `gradient_release`.
-
-The model predicts the next character of Python's help texts.
+"""A language model in Linen's `nn.scan`, trained with one layer's gradient at a time.
 
 python examples/linen_scan_release.py
 """
@@ -32,10 +30,7 @@ class LanguageModel(nn.Module):
     def setup(self):
         self.characters = nn.Embed(128, WIDTH)
         self.positions = self.param("positions", nn.initializers.normal(0.1), (TIME, WIDTH))
-        stack = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS
-        )
-        self.blocks = stack()
+        self.blocks = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, length=LAYERS)()
         self.norm = nn.RMSNorm()
 
     def embed(self, text):
@@ -64,7 +59,7 @@ model = LanguageModel()
 outer = model.init(jax.random.key(0), sample())["params"]
 params = {"layers": outer.pop("blocks"), "outer": outer}
 
-mask = adam_jax.not_matching("bias|scale|outer")
+mask = adam_jax.not_matching("bias", "scale", "outer")
 step = adam_jax.gradient_release(
     adam_jax.adamw(3e-3, weight_decay=0.1, weight_decay_mask=mask),
     first=lambda outer, text: model.apply({"params": outer}, text, method="embed"),
