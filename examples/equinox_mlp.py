@@ -1,6 +1,6 @@
 """Train an Equinox model on digits: filtered updates, a mask for weight decay, a frozen layer.
 
-python examples/equinox_mlp.py
+Run it with `python examples/equinox_mlp.py`.
 """
 
 import equinox as eqx
@@ -26,7 +26,8 @@ def loss_fn(trained, frozen, x, y):
 def train_step(tx, trained, frozen, state, x, y):
     loss, grads = eqx.filter_value_and_grad(loss_fn)(trained, frozen, x, y)
     updates, state = tx.update(grads, state, trained)
-    return eqx.apply_updates(trained, updates), state, loss
+    trained = optax.apply_updates(trained, updates)  # keeps bfloat16; eqx.apply_updates doesn't
+    return trained, state, loss
 
 
 images, labels = load_digits(return_X_y=True)

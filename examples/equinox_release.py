@@ -1,6 +1,6 @@
 """A language model of stacked Equinox blocks, trained with one layer's gradient at a time.
 
-python examples/equinox_release.py
+Run it with `python examples/equinox_release.py`.
 """
 
 from pydoc_data.topics import topics

@@ -1,6 +1,6 @@
 """Train a Haiku model on digits: an adam_jax optimizer updates Haiku's dicts of parameters.
 
-python examples/haiku_mlp.py
+Run it with `python examples/haiku_mlp.py`.
 """
 
 import haiku as hk

@@ -2,7 +2,7 @@
 
 Flax's own classes write the update to memory: in float32, if `tx` has `master_weights`.
 
-python examples/in_place_nnx.py
+Run it with `python examples/in_place_nnx.py`.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Train a Linen network with batch norm on digits: a `TrainState` with an adam_jax optimizer.
 
-python examples/linen_batchnorm.py
+Run it with `python examples/linen_batchnorm.py`.
 """
 
 from typing import Any

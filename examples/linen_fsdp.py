@@ -2,7 +2,7 @@
 
 The devices are virtual, on the CPU.
 
-python examples/linen_fsdp.py
+Run it with `python examples/linen_fsdp.py`.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """A language model in Linen's `nn.scan`, trained with one layer's gradient at a time.
 
-python examples/linen_scan_release.py
+Run it with `python examples/linen_scan_release.py`.
 """
 
 from pydoc_data.topics import topics

@@ -2,7 +2,7 @@
 
 `optax.microbatch` loops inside the step. `optax.MultiSteps` goes around the optimizer.
 
-python examples/microbatching.py
+Run it with `python examples/microbatching.py`.
 """
 
 import flax.linen as nn

@@ -1,6 +1,6 @@
-"""Fit a Bayesian regression by NumPyro's SVI, with an adam_jax optimizer.
+"""Fit a Bayesian regression with NumPyro's SVI and an adam_jax optimizer.
 
-python examples/numpyro_svi.py
+Run it with `python examples/numpyro_svi.py`.
 """
 
 import jax
@@ -27,9 +27,8 @@ def model(x, y):
         numpyro.sample("y", dist.Normal(x @ weights + bias, scale), obs=y)
 
 
-x, y = load_diabetes(return_X_y=True)
-x, y = ((a - a.mean(axis=0)) / a.std(axis=0) for a in (x, y))
-x, y = x.astype(np.float32), y.astype(np.float32)
+data = load_diabetes(return_X_y=True)
+x, y = (np.float32((a - a.mean(axis=0)) / a.std(axis=0)) for a in data)
 
 guide = AutoMultivariateNormal(model)
 tx = adam_jax.chain(

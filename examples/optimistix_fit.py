@@ -1,6 +1,6 @@
-"""Minimize with Optimistix by an adam_jax optimizer: fit a decaying oscillation, from many starts.
+"""Fit a decaying oscillation with Optimistix and an adam_jax optimizer, from several starts.
 
-python examples/optimistix_fit.py
+Run it with `python examples/optimistix_fit.py`.
 """
 
 import jax
@@ -14,8 +14,8 @@ NOISE, STARTS = 0.05, 8
 
 
 def curve(params, t):
-    decay, frequency, phase = params["decay"], params["frequency"], params["phase"]
-    return params["height"] * jnp.exp(-decay * t) * jnp.cos(frequency * t + phase)
+    envelope = params["height"] * jnp.exp(-params["decay"] * t)
+    return envelope * jnp.cos(params["frequency"] * t + params["phase"])
 
 
 def loss_fn(params, data):

@@ -1,6 +1,6 @@
 """PPO on CartPole, vmapped over seeds: Adam's step count restarts with each batch of rollouts.
 
-python examples/ppo.py
+Run it with `python examples/ppo.py`.
 """
 
 import jax

@@ -36,7 +36,7 @@ def test_an_example_is_short_and_says_how_to_run_it(path):
     source = path.read_text()
     compile(source, path, "exec")
     assert len(source.splitlines()) <= LONGEST
-    assert f"\npython examples/{path.name}\n" in ast.get_docstring(ast.parse(source)) + "\n"
+    assert f"`python examples/{path.name}`" in ast.get_docstring(ast.parse(source))
     assert "adam_jax" in imports(path)
     assert "\nassert " in source, "an example that can't fail"
 
