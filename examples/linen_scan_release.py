@@ -75,4 +75,4 @@ for _ in (progress := trange(STEPS)):
 trained = params["outer"] | {"blocks": params["layers"]}  # the model as it was
 loss = jax.jit(model.apply)({"params": trained}, sample(256))
 print(f"loss {loss:.3f} nats per character")
-assert loss < 2.6  # 3.1 without context
+assert loss < 2.6  # 3.2 without context

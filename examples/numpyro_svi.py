@@ -35,7 +35,7 @@ tx = adam_jax.chain(
     adam_jax.clip_by_global_norm(100.0),
     adam_jax.adam(optax.cosine_decay_schedule(0.02, STEPS)),
 )
-svi = SVI(model, guide, optax_to_numpyro(tx), Trace_ELBO(num_particles=4))
+svi = SVI(model, guide, optax_to_numpyro(tx), Trace_ELBO())
 result = svi.run(jax.random.key(0), STEPS, x, y)  # shows its progress by tqdm
 
 draws = guide.sample_posterior(jax.random.key(1), result.params, sample_shape=(1000,))
