@@ -41,6 +41,7 @@ CHAINS = {
     "masters": lambda: adam_jax.master_weights(adam_jax.adamw(1e-3)),
     "record": lambda: adam_jax.diagnostics.record(adam_jax.adamw(1e-3)),
     "schedule-free": lambda: adam_jax.schedule_free_adamw(1e-3),
+    "scalars": lambda: adam_jax.prodigy(),
 }
 
 
