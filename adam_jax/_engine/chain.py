@@ -12,8 +12,8 @@ import functools
 import itertools
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -496,7 +496,7 @@ def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTre
 
 def _flags(mask: Mask, updates: PyTree) -> list[bool]:
     """Return one bool per leaf from an Optax mask, which is a prefix tree or a function."""
-    tree = mask(updates) if callable(mask) else mask
+    tree = mask(updates) if _is_function(mask) else mask
     flags: list[bool] = []
 
     def spread(flag: PyTree, subtree: PyTree) -> None:
@@ -509,6 +509,11 @@ def _flags(mask: Mask, updates: PyTree) -> list[bool]:
     except ValueError:
         raise errors.mask(mask, updates) from None
     return flags
+
+
+def _is_function(mask: Mask) -> TypeGuard[Callable[[optax.Updates], PyTree]]:
+    """Whether a mask is a function, not a tree that can be called, such as an Equinox module."""
+    return callable(mask) and all(map(callable, jax.tree.leaves(mask)))
 
 
 def _is_none(x: PyTree) -> bool:

@@ -197,7 +197,8 @@ def reset_step_count(state: PyTree, pattern: str | None = None) -> PyTree:
 
     def reset(path: KeyPath, node: PyTree) -> PyTree:
         moments = moment_fields(node)
-        counts = count_fields(type(node), moments) if moments else ()
+        others = count_fields(type(node), moments) if moments else ()
+        counts = [name for name in others if _is_integer(getattr(node, name))]  # not Prodigy's d
         labels = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         if not counts or not (matches is None or any(map(matches, labels))):
             return node
@@ -214,6 +215,10 @@ def reset_step_count(state: PyTree, pattern: str | None = None) -> PyTree:
             f"pass the state of an optimizer such as adamw, or another pattern"
         )
     return new
+
+
+def _is_integer(count: PyTree) -> bool:
+    return all(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(count))
 
 
 def named_tuples(state: PyTree) -> list[tuple[KeyPath, State]]:

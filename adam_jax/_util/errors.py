@@ -576,7 +576,8 @@ def rest(path: KeyPath, p: PyTree, rest: PyTree, dtype: PyTree) -> None:
         raise value_error(
             f"the residual of {_at('the parameter', path)}, which is {jnp.result_type(p)}, must be "
             f"{jnp.dtype(dtype)}{list(wanted)}, got {got}: the parameter's dtype or bits= has "
-            f"changed since init; call init again"
+            f"changed since init; call init again, and add updates by optax.apply_updates or "
+            f"adam_jax.apply, which keep dtypes"
         )
 
 

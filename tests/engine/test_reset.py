@@ -12,7 +12,7 @@ from flax import nnx
 
 import adam_jax
 from adam_jax import reset_step_count, step_count
-from helpers import FINISHED, leaves_of, says
+from helpers import FINISHED, leaves_of, other_rules_slowly, says
 
 PARAMS = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
 
@@ -41,6 +41,7 @@ CHAINS = {
     "masters": lambda: adam_jax.master_weights(adam_jax.adamw(1e-3)),
     "record": lambda: adam_jax.diagnostics.record(adam_jax.adamw(1e-3)),
     "schedule-free": lambda: adam_jax.schedule_free_adamw(1e-3),
+    "scalars": lambda: adam_jax.prodigy(),
 }
 
 
@@ -114,7 +115,7 @@ def test_an_nnx_optimizer_continues():
     assert step_count(optimizer.opt_state) == 1
 
 
-@pytest.mark.parametrize("name", FINISHED)
+@other_rules_slowly(FINISHED)
 def test_a_step_after_a_reset_has_the_same_types(name):
     tx = FINISHED[name](1e-3, storage="float32")
     if name in ("sgd", "rmsprop"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -55,6 +56,26 @@ def test_adabelief_takes_the_positional_arguments_of_optax_head():
     parameters = list(inspect.signature(optax.adabelief).parameters)  # 0.2.8 has no decay
     ours = list(inspect.signature(adam_jax.adabelief).parameters)
     assert [p for p in ours if p in parameters] == parameters
+
+
+def test_a_mask_can_be_a_tree_that_is_callable():
+    """An Equinox module of bools is one: it isn't called as a function of the parameters."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Linear:
+        weight: object
+        bias: object
+
+        def __call__(self, x):
+            return x @ self.weight + self.bias
+
+    params, mask = Linear(jnp.ones((3, 3)), jnp.ones(3)), Linear(True, False)
+    ours = adam_jax.adamw(0.1, weight_decay=0.5, weight_decay_mask=mask)
+    theirs = optax.adamw(0.1, weight_decay=0.5, mask=mask)
+    updates = [run(tx, params, [params])[0] for tx in (ours, theirs)]
+    chex.assert_trees_all_close(*updates, rtol=1e-5)
+    assert updates[0][0].weight[0, 0] < updates[0][0].bias[0]
 
 
 def test_nothing_private_of_another_package_is_imported():

@@ -470,7 +470,10 @@ def test_low_precision_errors_say_what_to_do():
         ValueError, match=says("master_weights", "params", "update(gradients, state, params)")
     ):
         tx.update(params, state)
-    with pytest.raises(ValueError, match=says("master_weights", "'f'", "bfloat16", "int8[2]")):
+    with pytest.raises(
+        ValueError,
+        match=says("master_weights", "'f'", "bfloat16", "int8[2]", "optax.apply_updates"),
+    ):
         tx.update(params, state, {"w": params["w"], "f": params["f"].astype(BFLOAT16)})
     with pytest.raises(ValueError, match=says("master_weights", "int8[1]", "int16[1]", "bits=")):
         adam_jax.master_weights(adam_jax.adamw(1e-3)).update(params, state, params)
