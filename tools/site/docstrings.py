@@ -1,0 +1,63 @@
+"""A Griffe extension: what the package adds to signatures and docstrings at import.
+
+Griffe reads the source, in which constructors have `**options` and short docstrings. The decorators
+in adam_jax/optimizers/_constructor.py complete both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import griffe
+
+sys.path.insert(0, str(Path(__file__).parent))
+from names import linked  # noqa: E402
+
+
+class Completed(griffe.Extension):
+    """Take signatures from the decorated functions, and format docstrings for the site."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Complete a function, and format a docstring."""
+        if obj.docstring is None:
+            return
+        if isinstance(obj, griffe.Function):
+            function = getattr(sys.modules.get(obj.module.path), obj.name, None)
+            if "__signature__" in getattr(function, "__dict__", ()):
+                obj.parameters = parameters(inspect.signature(function))
+                obj.returns = "Transformation"
+                obj.docstring.value = inspect.getdoc(function) or ""
+        obj.docstring.value = formatted(obj.docstring.value)
+
+
+def parameters(signature: inspect.Signature) -> griffe.Parameters:
+    """Return a signature's parameters, with types by name."""
+    return griffe.Parameters(
+        *(
+            griffe.Parameter(
+                p.name,
+                annotation=str(p.annotation),
+                kind=griffe.ParameterKind(p.kind.description),
+                default=None if p.default is p.empty else repr(p.default),
+            )
+            for p in signature.parameters.values()
+        )
+    )
+
+
+def formatted(text: str) -> str:
+    """Give the source, the result, and the example of a docstring paragraphs of their own."""
+    about, mark, example = text.partition(">>>")
+    about = re.sub(r"\n+Source: ", "\n\n**Source:** ", about)
+    about = re.sub(r"\nReturns:\n((?:  .*\n?)+)", result, about)
+    example = f"\n\n**Example:**\n\n```pycon\n{mark}{example.rstrip()}\n```\n" if mark else ""
+    return linked(about.rstrip(), bare=True) + example
+
+
+def result(match: re.Match[str]) -> str:
+    """Write a section of results as a paragraph."""
+    return f"\n**Returns:** {inspect.cleandoc(match[1])}\n"

@@ -1,0 +1,128 @@
+"""MkDocs hooks: pages from outside docs/, examples, the notebooks' gallery, and links.
+
+Links in all files are relative to the file in the repository, so that they work on GitHub. Here
+they are resolved in the repository, and then lead to the page made of the target, or to the
+target on GitHub. Names of the API in backticks link to the reference.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import html
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from names import linked
+
+ROOT = Path(__file__).parents[2]
+GITHUB = "https://github.com/adam-jax/adam_jax/{kind}/main/{path}"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOURCES = {
+    "index.md": "README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "benchmarks.md": "benchmarks/README.md",
+    "notebooks/index.md": "notebooks",
+}
+"""The files of the repository that are pages of the site without being in docs/."""
+
+PAGES = {source: page for page, source in SOURCES.items()}
+LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+PICTURE = re.compile(r'<picture>.*?srcset="(.*?)".*?<img src="(.*?)" alt="(.*?)">.*?</picture>', re.S)
+FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+FORMULA = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+
+
+@event_priority(100)  # before mkdocs-jupyter
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages from outside docs/, the gallery, and its pictures."""
+    texts = {page: ROOT / source for page, source in SOURCES.items()}
+    for page, source in texts.items():
+        text = gallery() if source.is_dir() else source.read_text("utf-8")
+        files.append(File.generated(config, page, content=text))
+    for path in NOTEBOOKS:
+        picture = File.generated(config, f"notebooks/{path.stem}.png", content=first_picture(path))
+        files.append(picture)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Resolve links in the repository, and link names of the API."""
+    uri = page.file.src_uri
+    source = SOURCES.get(uri, uri if uri.startswith("notebooks/") else f"docs/{uri}")
+    folder = source if (ROOT / source).is_dir() else os.path.dirname(source)
+
+    def resolved(match: re.Match[str]) -> str:
+        path = os.path.normpath(os.path.join(folder, match[2]))
+        return match[1] + target(path, match[2], os.path.dirname(uri)) + match[3]
+
+    markdown = markdown.replace("<!-- examples -->", examples() if uri == "frameworks.md" else "")
+    pictures = PICTURE.sub(r"![\3](\2#only-light)![\3](\1#only-dark)", markdown)
+    parts = FENCE.split(pictures)
+    return "".join(p if FENCE.match(p) else linked(LINK.sub(resolved, p)) for p in parts)
+
+
+def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Write formulas as MathML, which browsers show without a script."""
+    return FORMULA.sub(lambda match: convert(html.unescape(match[1])), html_text)
+
+
+def target(path: str, link: str, folder: str) -> str:
+    """Return the link from a page in `folder` to a path in the repository."""
+    inside = PAGES.get(path) or path.removeprefix("docs/")
+    if inside != path or path.startswith("notebooks/"):
+        return os.path.relpath(inside, folder or ".")
+    if (ROOT / path).exists():
+        return GITHUB.format(kind="tree" if (ROOT / path).is_dir() else "blob", path=path)
+    return link  # MkDocs warns
+
+
+def examples() -> str:
+    """Return a section for each program in examples/: its docstring's first paragraph, and it."""
+    sections = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        source = path.read_text("utf-8").rstrip()
+        about = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
+        sections.append(f"### {path.name}\n\n{about}\n\n```python\n{source}\n```\n")
+    return "\n".join(sections)
+
+
+def gallery() -> str:
+    """Return the page that shows each notebook's title, question, and first picture."""
+    cards = []
+    for path in NOTEBOOKS:
+        text = "".join(cells(path)[0]["source"])
+        title = text.partition("\n")[0].removeprefix("# ")
+        question = re.search(r"\*\*Question\.\*\* (.*?)(?:\n\n|$)", text, re.DOTALL)
+        if not question:
+            raise ValueError(f"{path.name}: the first cell must have a line **Question.** …")
+        cards.append(
+            f"-   [![]({path.stem}.png)]({path.name})\n\n"
+            f"    **[{title}]({path.name})**\n\n    {' '.join(question[1].split())}\n"
+        )
+    return (
+        "# Notebooks\n\nTen notebooks, each answering one question about Adam. CI runs them; the "
+        "outputs are the committed ones.\n\n"
+        f'<div class="grid cards" markdown>\n\n{"\n".join(cards)}\n</div>\n'
+    )
+
+
+def first_picture(path: Path) -> bytes:
+    """Return the first PNG among the outputs of a notebook."""
+    outputs = [output for cell in cells(path) for output in cell.get("outputs", ())]
+    return base64.b64decode(
+        next(o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {}))
+    )
+
+
+def cells(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text("utf-8"))["cells"]

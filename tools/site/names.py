@@ -1,0 +1,34 @@
+"""The public names of adam_jax, and links from their mentions to the API reference."""
+
+from __future__ import annotations
+
+import re
+
+import adam_jax
+
+MODULES = ("storage", "schedules", "diagnostics", "interop")
+PUBLIC = {f"adam_jax.{name}" for name in adam_jax.__all__ if name not in (*MODULES, "rules")} | {
+    f"adam_jax.{module}.{name}"
+    for module in MODULES
+    for name in getattr(getattr(adam_jax, module), "__all__", ("ademamix_warmup",))
+}
+"""The names that the reference documents, besides the formulas in rules.py."""
+
+MENTION = re.compile(r"(?<![\[`])`((?:adam_jax\.)?([\w.]+)(?:\([^`]*)?)`(?!`)")
+
+
+def linked(text: str, *, bare: bool = False) -> str:
+    """Link names such as `adam_jax.adamw(1e-3)` to the reference.
+
+    Args:
+      text: Markdown without code blocks.
+      bare: whether to link names without "adam_jax.", too, as docstrings write them.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        name = f"adam_jax.{match[2]}"
+        if name not in PUBLIC or not (bare or match[1].startswith("adam_jax.")):
+            return match[0]
+        return f"[`{match[1]}`][{name}]"
+
+    return MENTION.sub(link, text)
