@@ -15,11 +15,18 @@ from typing import Any
 import griffe
 
 sys.path.insert(0, str(Path(__file__).parent))
-from names import linked  # noqa: E402
+from names import linked
 
 
 class Completed(griffe.Extension):
     """Take signatures from the decorated functions, and format docstrings for the site."""
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Let `adam_jax.adam` be the function, although a module has this name, too."""
+        for name, module in pkg["optimizers"].modules.items():
+            if name in module.functions:
+                alias = griffe.Alias(name, target=f"{module.path}.{name}", parent=pkg)
+                pkg.set_member(name, alias)
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Complete a function, and format a docstring."""

@@ -37,21 +37,35 @@ SOURCES = {
 
 PAGES = {source: page for page, source in SOURCES.items()}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
-PICTURE = re.compile(r'<picture>.*?srcset="(.*?)".*?<img src="(.*?)" alt="(.*?)">.*?</picture>', re.S)
+PICTURE = re.compile(
+    r'<picture>.*?srcset="(.*?)".*?<img src="(.*?)" alt="(.*?)">.*?</picture>', re.S
+)
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+CODE_WITH_BAR = re.compile(r"`([^`\n]*\\\|[^`\n]*)`")
 FORMULA = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+
+
+GALLERY = """# Notebooks
+
+Each notebook answers one question about Adam. CI runs them, and the outputs are the committed ones.
+
+<div class="grid cards" markdown>
+
+{cards}
+</div>
+"""
 
 
 @event_priority(100)  # before mkdocs-jupyter
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside docs/, the gallery, and its pictures."""
-    texts = {page: ROOT / source for page, source in SOURCES.items()}
-    for page, source in texts.items():
-        text = gallery() if source.is_dir() else source.read_text("utf-8")
-        files.append(File.generated(config, page, content=text))
-    for path in NOTEBOOKS:
-        picture = File.generated(config, f"notebooks/{path.stem}.png", content=first_picture(path))
-        files.append(picture)
+    contents: dict[str, str | bytes] = {
+        page: gallery() if source == "notebooks" else (ROOT / source).read_text("utf-8")
+        for page, source in SOURCES.items()
+    }
+    contents |= {f"notebooks/{path.stem}.png": first_picture(path) for path in NOTEBOOKS}
+    for uri, content in contents.items():
+        files.append(File.generated(config, uri, content=content))
     return files
 
 
@@ -66,14 +80,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[1] + target(path, match[2], os.path.dirname(uri)) + match[3]
 
     markdown = markdown.replace("<!-- examples -->", examples() if uri == "frameworks.md" else "")
-    pictures = PICTURE.sub(r"![\3](\2#only-light)![\3](\1#only-dark)", markdown)
-    parts = FENCE.split(pictures)
+    markdown = PICTURE.sub(r"![\3](\2#only-light)![\3](\1#only-dark)", markdown)
+    markdown = CODE_WITH_BAR.sub(code_with_bar, markdown)
+    parts = FENCE.split(markdown)
     return "".join(p if FENCE.match(p) else linked(LINK.sub(resolved, p)) for p in parts)
 
 
 def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Write formulas as MathML, which browsers show without a script."""
     return FORMULA.sub(lambda match: convert(html.unescape(match[1])), html_text)
+
+
+def code_with_bar(match: re.Match[str]) -> str:
+    r"""Write a table's `\|` in code as HTML: GitHub shows |, Python-Markdown would show \|."""
+    return "<code>" + html.escape(match[1]).replace(r"\|", "&#124;") + "</code>"
 
 
 def target(path: str, link: str, folder: str) -> str:
@@ -109,11 +129,7 @@ def gallery() -> str:
             f"-   [![]({path.stem}.png)]({path.name})\n\n"
             f"    **[{title}]({path.name})**\n\n    {' '.join(question[1].split())}\n"
         )
-    return (
-        "# Notebooks\n\nTen notebooks, each answering one question about Adam. CI runs them; the "
-        "outputs are the committed ones.\n\n"
-        f'<div class="grid cards" markdown>\n\n{"\n".join(cards)}\n</div>\n'
-    )
+    return GALLERY.format(cards="\n".join(cards))
 
 
 def first_picture(path: Path) -> bytes:
