@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class Completed(griffe.Extension):
                 obj.parameters = parameters(inspect.signature(function))
                 obj.returns = "Transformation"
                 obj.docstring.value = inspect.getdoc(function) or ""
-        obj.docstring.value = formatted(obj.docstring.value)
+        arguments = {p.name for p in getattr(obj, "parameters", ())}
+        obj.docstring.value = formatted(obj.docstring.value, arguments)
 
 
 def parameters(signature: inspect.Signature) -> griffe.Parameters:
@@ -56,13 +58,13 @@ def parameters(signature: inspect.Signature) -> griffe.Parameters:
     )
 
 
-def formatted(text: str) -> str:
-    """Give the source, the result, and the example of a docstring paragraphs of their own."""
+def formatted(text: str, arguments: Set[str]) -> str:
+    """Give a docstring's source, result, and example their own paragraphs, and link names."""
     about, mark, example = text.partition(">>>")
     about = re.sub(r"\n+Source: ", "\n\n**Source:** ", about)
     about = re.sub(r"\nReturns:\n((?:  .*\n?)+)", result, about)
     example = f"\n\n**Example:**\n\n```pycon\n{mark}{example.rstrip()}\n```\n" if mark else ""
-    return linked(about.rstrip(), bare=True) + example
+    return linked(about.rstrip(), bare=True, but=arguments) + example
 
 
 def result(match: re.Match[str]) -> str:

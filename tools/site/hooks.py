@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages from outside docs/, examples, the notebooks' gallery, and links.
+"""MkDocs hooks: pages from outside docs/, notebooks, examples, and links.
 
 Links in all files are relative to the file in the repository, so that they work on GitHub. Here
 they are resolved in the repository, and then lead to the page made of the target, or to the
@@ -18,7 +18,6 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from names import linked
@@ -32,6 +31,7 @@ SOURCES = {
     "contributing.md": "CONTRIBUTING.md",
     "benchmarks.md": "benchmarks/README.md",
     "notebooks/index.md": "notebooks",
+    **{f"notebooks/{path.stem}.md": f"notebooks/{path.name}" for path in NOTEBOOKS},
 }
 """The files of the repository that are pages of the site without being in docs/."""
 
@@ -56,23 +56,19 @@ Each notebook answers one question about Adam. CI runs them, and the outputs are
 """
 
 
-@event_priority(100)  # before mkdocs-jupyter
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from outside docs/, the gallery, and its pictures."""
-    contents: dict[str, str | bytes] = {
-        page: gallery() if source == "notebooks" else (ROOT / source).read_text("utf-8")
-        for page, source in SOURCES.items()
-    }
+    """Add the pages from outside docs/, and the gallery's pictures."""
+    contents: dict[str, str | bytes] = {p: content(ROOT / s) for p, s in SOURCES.items()}
     contents |= {f"notebooks/{path.stem}.png": first_picture(path) for path in NOTEBOOKS}
-    for uri, content in contents.items():
-        files.append(File.generated(config, uri, content=content))
+    for uri, text in contents.items():
+        files.append(File.generated(config, uri, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Resolve links in the repository, and link names of the API."""
     uri = page.file.src_uri
-    source = SOURCES.get(uri, uri if uri.startswith("notebooks/") else f"docs/{uri}")
+    source = SOURCES.get(uri, f"docs/{uri}")
     folder = source if (ROOT / source).is_dir() else os.path.dirname(source)
 
     def resolved(match: re.Match[str]) -> str:
@@ -99,7 +95,7 @@ def code_with_bar(match: re.Match[str]) -> str:
 def target(path: str, link: str, folder: str) -> str:
     """Return the link from a page in `folder` to a path in the repository."""
     inside = PAGES.get(path) or path.removeprefix("docs/")
-    if inside != path or path.startswith("notebooks/"):
+    if inside != path or inside.endswith(".png"):
         return os.path.relpath(inside, folder or ".")
     if (ROOT / path).exists():
         return GITHUB.format(kind="tree" if (ROOT / path).is_dir() else "blob", path=path)
@@ -112,8 +108,38 @@ def examples() -> str:
     for path in sorted((ROOT / "examples").glob("*.py")):
         source = path.read_text("utf-8").rstrip()
         about = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
-        sections.append(f"### {path.name}\n\n{about}\n\n```python\n{source}\n```\n")
-    return "\n".join(sections)
+        sections.append(f"### {path.name}\n\n{about}\n\n{fenced('python', source)}")
+    return "\n\n".join(sections)
+
+
+def content(source: Path) -> str:
+    """Return the Markdown of a page from outside docs/."""
+    if source.is_dir():
+        return gallery()
+    return notebook(source) if source.suffix == ".ipynb" else source.read_text("utf-8")
+
+
+def notebook(path: Path) -> str:
+    """Return a notebook with its outputs as Markdown."""
+    parts = []
+    for cell in cells(path):
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else fenced("python", source))
+        parts += map(shown, cell.get("outputs", ()))
+    return "\n\n".join(parts)
+
+
+def shown(output: dict[str, Any]) -> str:
+    """Return an output: a picture, or text."""
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    if "image/png" in data:
+        encoded = "".join(data["image/png"]).replace("\n", "")
+        return f'<img alt="What the code draws" src="data:image/png;base64,{encoded}">'
+    return fenced("text", "".join(data["text/plain"]))
+
+
+def fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```"
 
 
 def gallery() -> str:

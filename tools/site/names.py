@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 
 import adam_jax
 
@@ -17,17 +18,19 @@ PUBLIC = {f"adam_jax.{name}" for name in adam_jax.__all__ if name not in (*MODUL
 MENTION = re.compile(r"(?<![\[`])`((?:adam_jax\.)?([\w.]+)(?:\([^`]*)?)`(?!`)")
 
 
-def linked(text: str, *, bare: bool = False) -> str:
+def linked(text: str, *, bare: bool = False, but: Set[str] = frozenset()) -> str:
     """Link names such as `adam_jax.adamw(1e-3)` to the reference.
 
     Args:
       text: Markdown without code blocks.
       bare: whether to link names without "adam_jax.", too, as docstrings write them.
+      but: bare names that mean something else, such as a function's arguments.
     """
 
     def link(match: re.Match[str]) -> str:
         name = f"adam_jax.{match[2]}"
-        if name not in PUBLIC or not (bare or match[1].startswith("adam_jax.")):
+        is_full = match[1].startswith("adam_jax.")
+        if name not in PUBLIC or not (is_full or (bare and match[1] not in but)):
             return match[0]
         return f"[`{match[1]}`][{name}]"
 
