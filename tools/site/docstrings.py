@@ -41,6 +41,9 @@ class Completed(griffe.Extension):
                 obj.docstring.value = inspect.getdoc(function) or ""
         arguments = {p.name for p in getattr(obj, "parameters", ())}
         obj.docstring.value = formatted(obj.docstring.value, arguments)
+        if isinstance(obj, griffe.Class) and "NamedTuple" in map(str, obj.bases):
+            names = ", ".join(f"`{name}`" for name in obj.attributes)
+            obj.docstring.value += f"\n\n**Fields:** {names}"
 
 
 def parameters(signature: inspect.Signature) -> griffe.Parameters:
@@ -63,6 +66,7 @@ def formatted(text: str, arguments: Set[str]) -> str:
     about, mark, example = text.partition(">>>")
     about = re.sub(r"\n+Source: ", "\n\n**Source:** ", about)
     about = re.sub(r"\nReturns:\n((?:  .*\n?)+)", result, about)
+    about = re.sub(r"^( +\*{0,2}\w+: )>", r"\1\\>", about, flags=re.MULTILINE)  # not a quotation
     example = f"\n\n**Example:**\n\n```pycon\n{mark}{example.rstrip()}\n```\n" if mark else ""
     return linked(about.rstrip(), bare=True, but=arguments) + example
 
