@@ -27,9 +27,8 @@ def public_names():
 def test_the_reference_has_every_public_name_once():
     pages = [path.read_text("utf-8") for path in (ROOT / "docs" / "api").glob("*.md")]
     documented = re.findall(r"^::: ([\w.]+)$", "\n".join(pages), re.MULTILINE)
-    documented.remove("adam_jax.rules")  # all of its formulas
-    documented.remove("adam_jax.schedules.ademamix_warmup")
-    assert sorted(documented) == sorted(public_names())
+    assert len(documented) == len({*documented})
+    assert {*public_names()} <= {*documented}
 
 
 @pytest.fixture(scope="module")

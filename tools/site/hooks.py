@@ -83,7 +83,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write formulas as MathML, which browsers show without a script."""
+    """Write formulas as MathML, which needs no script, and show the source of rules."""
+    html_text = html_text.replace('class="mkdocstrings-source"', 'class="mkdocstrings-source" open')
     return FORMULA.sub(lambda match: convert(html.unescape(match[1])), html_text)
 
 
