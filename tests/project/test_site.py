@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ def public_names():
 def test_the_reference_has_every_public_name_once():
     pages = [path.read_text("utf-8") for path in (ROOT / "docs" / "api").glob("*.md")]
     documented = re.findall(r"^::: ([\w.]+)$", "\n".join(pages), re.MULTILINE)
+    names = runpy.run_path(str(ROOT / "tools" / "site" / "names.py"))
+    documented += [f"adam_jax.{n}" for n in (*names["CONSTRUCTORS"], *names["DIRECTIONS"])]
     assert len(documented) == len({*documented})
     assert {*public_names()} <= {*documented}
 

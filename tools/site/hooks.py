@@ -13,6 +13,7 @@ import html
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from names import linked
+from names import CONSTRUCTORS, DIRECTIONS, linked
 
 ROOT = Path(__file__).parents[2]
 GITHUB = "https://github.com/adam-jax/adam_jax/{kind}/main/{path}"
@@ -75,7 +76,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = os.path.normpath(os.path.join(folder, match[2]))
         return match[1] + target(path, match[2], os.path.dirname(uri)) + match[3]
 
-    markdown = markdown.replace("<!-- examples -->", examples() if uri == "frameworks.md" else "")
+    for mark, write in MARKS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, write())
     markdown = PICTURE.sub(r"![\3](\2#only-light)![\3](\1#only-dark)", markdown)
     markdown = CODE_WITH_BAR.sub(code_with_bar, markdown)
     parts = FENCE.split(markdown)
@@ -141,6 +144,19 @@ def shown(output: dict[str, Any]) -> str:
 
 def fenced(language: str, text: str) -> str:
     return f"```{language}\n{text.rstrip()}\n```"
+
+
+def reference(names: Sequence[str]) -> str:
+    """Return what mkdocstrings replaces by signatures and docstrings."""
+    return "\n\n".join(f"::: adam_jax.{name}" for name in names)
+
+
+MARKS = {
+    "<!-- constructors -->": lambda: reference(CONSTRUCTORS),
+    "<!-- directions -->": lambda: reference(DIRECTIONS),
+    "<!-- examples -->": examples,
+}
+"""Marks in pages, and functions that return the Markdown for them."""
 
 
 def gallery() -> str:

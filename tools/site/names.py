@@ -15,6 +15,11 @@ PUBLIC = {f"adam_jax.{name}" for name in adam_jax.__all__ if name not in (*MODUL
 }
 """The names that the reference documents, besides the formulas in rules.py."""
 
+CONSTRUCTORS = [entry.name for entry in adam_jax.catalogue()]
+ELSEWHERE = {"from_rule", "scale_by_rule", "schedule_free_eval_params"}
+DIRECTIONS = [n for n in adam_jax.optimizers.__all__ if n not in {*CONSTRUCTORS, *ELSEWHERE}]
+"""What docs/api/directions.md lists; `ELSEWHERE` is on other pages."""
+
 MENTION = re.compile(r"(?<![\[`])`((?:adam_jax\.)?([\w.]+)(?:\([^`]*)?)`(?!`)")
 
 
