@@ -99,7 +99,7 @@ def code_with_bar(match: re.Match[str]) -> str:
 def target(path: str, link: str, folder: str) -> str:
     """Return the link from a page in `folder` to a path in the repository."""
     inside = PAGES.get(path) or path.removeprefix("docs/")
-    if inside != path or inside.endswith(".png"):
+    if inside != path or inside.endswith(".png"):  # the gallery's pictures
         return os.path.relpath(inside, folder or ".")
     if (ROOT / path).exists():
         return GITHUB.format(kind="tree" if (ROOT / path).is_dir() else "blob", path=path)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Set
+from collections.abc import Iterator, Set
 
 import adam_jax
 
-MODULES = ("storage", "schedules", "diagnostics", "interop")
-PUBLIC = {f"adam_jax.{name}" for name in adam_jax.__all__ if name not in (*MODULES, "rules")} | {
-    f"adam_jax.{module}.{name}"
-    for module in MODULES
-    for name in getattr(getattr(adam_jax, module), "__all__", ("ademamix_warmup",))
-}
-"""The names that the reference documents, besides the formulas in rules.py."""
+MODULES = {adam_jax.diagnostics, adam_jax.interop, adam_jax.schedules, adam_jax.storage}
+
+
+def public_names() -> Iterator[str]:
+    """Yield the names that the reference documents, besides the formulas in rules.py."""
+    for name in adam_jax.__all__:
+        if not inspect.ismodule(getattr(adam_jax, name)):
+            yield f"adam_jax.{name}"
+    for module in MODULES:
+        own = [
+            n for n, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__
+        ]
+        for name in getattr(module, "__all__", own):
+            if name not in adam_jax.__all__:
+                yield f"{module.__name__}.{name}"
+
+
+PUBLIC = {*public_names()}
 
 CONSTRUCTORS = [entry.name for entry in adam_jax.catalogue()]
 ELSEWHERE = {"from_rule", "scale_by_rule", "schedule_free_eval_params"}
