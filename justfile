@@ -26,6 +26,10 @@ write:
     python tools/house.py
     python -m benchmarks.picture
 
+# Build the documentation site in build/site; `just docs serve` shows it while you write
+docs command="build":
+    NO_MKDOCS_2_WARNING=1 mkdocs {{ command }} --strict
+
 # Check kernels on this machine's GPU, and measure them: under twenty minutes
 gpu:
     pytest -m gpu tests/backends

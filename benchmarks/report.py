@@ -21,9 +21,11 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (
     Path(__file__).parent / "README.md",
+    DOCS / "comparison.md",
     DOCS / "speed.md",
     DOCS / "low_memory.md",
     DOCS / "gradient_release.md",
+    DOCS / "which_optimizer.md",
 )
 PACKAGES = ("jax", "jaxlib", "optax")
 PEERS = ("flashoptim-jax", "torchao", "bitsandbytes", "torch")  # listed if installed

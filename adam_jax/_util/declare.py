@@ -193,9 +193,9 @@ def rule(
 
     Args:
       update_scalars: a function that computes the next step's scalars, once per step, and returns
-        them in a dict. Its positional arguments are named after scalars and totals. Its keyword-
-        only arguments are `t` and hyperparameters. Under a mask, totals include the leaves that
-        the rule acts on. In your own `shard_map`, totals are sums over the local shards.
+        them in a dict. Its positional arguments are named after scalars and totals. Its
+        keyword-only arguments are `t` and hyperparameters. Under a mask, totals include the leaves
+        that the rule acts on. In your own `shard_map`, totals are sums over the local shards.
       **declared: moments and scalars, keyed by the name of the state's field. A moment is
         `signed`, `positive`, `running_max`, or `initial_param`. `.starting_at(…)` sets a start
         other than 0, `.per_leaf()` keeps one number per leaf, and `.at_least(…)` sets a lower bound

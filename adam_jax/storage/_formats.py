@@ -21,7 +21,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {"int8": Format(_int8.SIGNED, _int8.POSITIVE)}
-"""The quantized formats by name. Dtypes are formats too; see `_policy.DENSE`."""
+"""The quantized formats by name. Dtypes and their names, such as "bfloat16", are formats, too."""
 
 
 @functools.cache  # cleared by `register`

@@ -116,8 +116,8 @@ def gradient_release(
 
     Args:
       tx: any Optax transformation that doesn't need the gradient of all parameters at once.
-      first: (outer, batch, ctx) → h, such as an embedding. `h` is an array or a tree of floating-
-        point arrays. `outer` is `params["outer"]`.
+      first: (outer, batch, ctx) → h, such as an embedding. `h` is an array or a tree of
+        floating-point arrays. `outer` is `params["outer"]`.
       layer: (layer, h, ctx) → h, or (h, auxiliary loss). `layer` is one layer of
         `params["layers"]`, whose leaves are stacked along axis 0.
       last: (outer, h, batch, ctx) → loss. If `first` and `last` use the same leaf, its gradients

@@ -35,17 +35,25 @@ def test_the_first_snippet_of_the_readme_trains():
     assert jnp.mean(error**2) < 0.1
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "docs/optimizers.md",
-        "docs/bf16_parameters.md",
-        "docs/recipes.md",
-        pytest.param("docs/gradient_release.md", marks=pytest.mark.slow),
-    ],
-)
+SLOW = {"docs/gradient_release.md"}
+WITH_SNIPPETS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+    if "```python\n" in path.read_text("utf-8")
+    and (name := path.relative_to(ROOT).as_posix()) != "docs/devices.md"
+]
+
+
+@pytest.mark.parametrize("page", WITH_SNIPPETS)
 def test_the_snippets_of_a_page_run(page):
     run_snippets(page)
+
+
+def test_every_block_of_a_page_is_python_or_for_a_shell():
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        fences = re.findall(r"^ *```(.*)$", path.read_text("utf-8"), re.MULTILINE)
+        assert {*fences[::2]} <= {"python", "bash"}, path
+        assert {*fences[1::2]} <= {""}, path
 
 
 @pytest.mark.eight_devices
@@ -67,7 +75,7 @@ def test_the_snippets_about_devices_run():
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
 
 
-PAGES = [p for p in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")] if not p.parent.name.startswith(".")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
