@@ -1,6 +1,7 @@
-"""Draw bytes of state per parameter, ours and other packages: `python -m benchmarks.picture`.
+"""Draw the docs' pictures from results: `python -m benchmarks.picture`.
 
-It reads results/peers.json and writes docs/memory.svg and docs/memory_dark.svg.
+memory.svg has bytes of state per parameter, ours and other packages' (results/peers.json).
+family.svg has the family's losses at equal tuning (results/family.json). Each has a dark version.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from benchmarks.report import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 THEMES = {
-    "memory.svg": {"text": "#1f2328", "ours": "#0072B2", "theirs": "#9aa4ae"},
-    "memory_dark.svg": {"text": "#e6edf3", "ours": "#56B4E9", "theirs": "#6e7781"},
+    "": {"text": "#1f2328", "ours": "#0072B2", "theirs": "#9aa4ae"},
+    "_dark": {"text": "#e6edf3", "ours": "#56B4E9", "theirs": "#6e7781"},
 }
+"""Colors, by the end of the file's name."""
 COLUMNS = (
     (11.5, "largest step, η", "largest step, spread 1"),
     (14.0, "nu / exact nu", "nu after its gradients fell"),
@@ -26,7 +28,7 @@ COLUMNS = (
 """The columns of text: the position of the right edge, the heading, and the key in the results."""
 
 
-def draw(rows: Sequence[Mapping[str, str]], theme: Mapping[str, str]) -> Figure:
+def draw_memory(rows: Sequence[Mapping[str, str]], theme: Mapping[str, str]) -> Figure:
     """Return a bar chart of the state's bytes, with two measures of quality next to each bar."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     figure.patch.set_alpha(0)
@@ -49,8 +51,35 @@ def draw(rows: Sequence[Mapping[str, str]], theme: Mapping[str, str]) -> Figure:
     return figure
 
 
+def draw_family(rows: Sequence[Mapping[str, str]], theme: Mapping[str, str]) -> Figure:
+    """Return the loss of each optimizer on the character Transformer, AdamW's as a line."""
+    figure = Figure(figsize=(8, 0.26 * len(rows) + 1), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot(facecolor="none")
+    names = [row["optimizer"] for row in rows]
+    pairs = [row["characters: loss"].split(" ± ") for row in rows]
+    means, deviations = [float(mean) for mean, _ in pairs], [float(error) for _, error in pairs]
+    axes.errorbar(means, names, xerr=deviations, fmt="o", color=theme["ours"], capsize=2)
+    axes.axvline(means[names.index("adamw")], color=theme["theirs"], lw=1, zorder=0)
+    axes.set_title(
+        "Loss of a character Transformer, best learning rate, ± s.d. over seeds",
+        loc="left",
+        color=theme["text"],
+    )
+    axes.invert_yaxis()
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme["theirs"])
+    axes.tick_params(length=0, colors=theme["text"])
+    axes.margins(y=0.02)
+    return figure
+
+
+PICTURES = {"memory": (draw_memory, "peers"), "family": (draw_family, "family")}
+"""The function that draws a picture, and its results."""
+
 if __name__ == "__main__":
-    peers = json.loads((RESULTS / "peers.json").read_text())
-    for name, theme in THEMES.items():
-        with rc_context({"svg.hashsalt": "adam_jax", "font.size": 11}):
-            draw(peers["rows"], theme).savefig(DOCS / name, metadata={"Date": None})
+    for name, (draw, results) in PICTURES.items():
+        rows = json.loads((RESULTS / f"{results}.json").read_text())["rows"]
+        for end, theme in THEMES.items():
+            with rc_context({"svg.hashsalt": "adam_jax", "font.size": 11}):
+                draw(rows, theme).savefig(DOCS / f"{name}{end}.svg", metadata={"Date": None})

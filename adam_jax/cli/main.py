@@ -34,10 +34,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command, or show them without one, and return the exit code."""
     parser = Parser(prog="python -m adam_jax", description="The Adam family for JAX.")
     parser.add_argument("--version", action="version", version=f"adam_jax {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(run=lambda _: parser.print_help(), parser=parser)
     for name, (run, add_options) in COMMANDS.items():
         command = commands.add_parser(
             name,

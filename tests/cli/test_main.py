@@ -14,7 +14,7 @@ import pytest
 
 import adam_jax
 from adam_jax import cli
-from adam_jax.cli.main import main
+from adam_jax.cli.main import COMMANDS, main
 from helpers import Without, says
 
 
@@ -162,6 +162,12 @@ def test_a_bad_value_is_an_error_that_says_what_is_allowed(capsys, option, value
     assert re.search(
         says("python -m adam_jax train", option, *parts), complaint(capsys, "train", option, value)
     )
+
+
+def test_without_a_command_the_commands_are_shown(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {name} " in shown for name in COMMANDS)
 
 
 def test_an_unknown_command_or_option_is_an_error(capsys):
