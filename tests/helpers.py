@@ -195,8 +195,8 @@ def shaped(tree):
     )
 
 
-def gpt2_small(layers=12):
-    """Return the shapes of its leaves: 4 + 12 for each layer."""
+def gpt2_small():
+    """Return the shapes of its 148 leaves."""
     layer = {
         "ln_1": {"scale": (768,), "bias": (768,)},
         "attn": {"kernel": (768, 2304), "bias": (2304,), "out": (768, 768), "out_bias": (768,)},
@@ -204,7 +204,7 @@ def gpt2_small(layers=12):
         "mlp": {"fc": (768, 3072), "fc_bias": (3072,), "proj": (3072, 768), "proj_bias": (768,)},
     }
     tree = {"wte": (50257, 768), "wpe": (1024, 768), "ln_f": {"scale": (768,), "bias": (768,)}}
-    return shaped(tree | {f"h{i}": layer for i in range(layers)})
+    return shaped(tree | {f"h{i}": layer for i in range(12)})
 
 
 def nbytes(tree):

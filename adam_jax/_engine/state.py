@@ -67,11 +67,11 @@ def state_class(
         return _rule_state_class(moments, scalars)
     if not moments:
         return optax.ScaleByScheduleState if counted else optax.EmptyState
-    return _DEFAULTS.get(moments) or _rule_state_class(moments)
+    return _DEFAULTS.get(moments) or _rule_state_class(moments, ())
 
 
 @functools.cache
-def _rule_state_class(moments: tuple[str, ...], scalars: tuple[str, ...] = ()) -> type[State]:
+def _rule_state_class(moments: tuple[str, ...], scalars: tuple[str, ...]) -> type[State]:
     fields = [(name, PyTree) for name in ("count", *moments, *scalars)]
     made: PyTree = NamedTuple("ScaleByRuleState", fields)
     # pickle finds a class by its module and name, but this class isn't a module attribute

@@ -51,11 +51,11 @@ def make_mesh(name="line", kind=AxisType.Auto):
     [("float32", jnp.float32), ("int8", jnp.float32), ("int8", jnp.bfloat16)],
 )
 def test_each_device_holds_an_eighth_of_the_state(storage, dtype):
-    """Check a small GPT-2; the devices divide its 50257 × 768 embedding along 768 only."""
+    """Check GPT-2 small; the devices divide its 50257 × 768 embedding along 768 only."""
     mesh = make_mesh()
     whole = NamedSharding(mesh, P())
     params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=whole), gpt2_small(layers=1)
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=whole), gpt2_small()
     )
     tx = adam_jax.adamw(1e-3, storage=storage)
     tx = adam_jax.zero1(masters(tx) if dtype == jnp.bfloat16 else tx, mesh)
