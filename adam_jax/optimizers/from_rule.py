@@ -91,11 +91,11 @@ def from_rule(
       ValueError: a number or name is invalid; at update, gradients don't match the parameters.
       TypeError: a leaf is not floating point.
 
-    >>> import adam_jax
+    >>> import adam_jax, jax.numpy as jnp
     >>> @adam_jax.rule(mu=adam_jax.signed)
     ... def sign_momentum(g, mu, *, b1=0.9):
     ...     mu = adam_jax.ema(b1, mu, g)
-    ...     return mu / abs(mu), mu
+    ...     return jnp.sign(mu), mu
     >>> from_rule(sign_momentum, 1e-3, b1=0.95)
     sign_momentum(learning_rate=0.001, b1=0.95)
     """

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import urllib.parse
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
-
-import adam_jax
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_snippets(page, **names):
+def run_snippets(page):
     """Run the Python snippets of a page in order, in JAX's default modes; return their names."""
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
     assert snippets, page
+    names: dict[str, object] = {}
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         for snippet in snippets:
             exec(snippet, names)
@@ -59,17 +55,7 @@ def test_every_block_of_a_page_is_python_or_for_a_shell():
 @pytest.mark.eight_devices
 @pytest.mark.standard_promotion
 def test_the_snippets_about_devices_run():
-    given = {
-        "adam_jax": adam_jax,
-        "functools": functools,
-        "jax": jax,
-        "optax": optax,
-        "NamedSharding": NamedSharding,
-        "P": P,
-        "schedule": optax.constant_schedule(1e-3),
-        "params": {"w": jnp.ones((64, 128), jnp.bfloat16)},
-    }
-    names = run_snippets("docs/devices.md", **given)
+    names = run_snippets("docs/devices.md")
     grads = jax.tree.map(jnp.ones_like, names["params"])
     _, state = names["step"](names["params"], names["state"], grads)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
