@@ -271,7 +271,7 @@ def adam_s(g, mu, *, b1, b2, eps):
 def novograd(g, mu, nu, *, p, t, mean, size, b1, b2, eps, eps_root, decay_in_mu):
     """Ginsburg et al. (2019), Algorithm 1: nu averages ‖g‖² of a leaf, and starts at the first one.
 
-    mu is a sum, of which each term is normalized and includes the weight decay.
+    mu is a sum. Each term is a normalized gradient plus weight decay.
     """
     norm_sq = mean(abs_sq(g)) * size
     nu = jnp.where(t == 1, norm_sq, ema(b2, nu, norm_sq))
@@ -355,7 +355,7 @@ def prodigy_estimate(
     estim_lr0,
     estim_lr_coef,
 ):
-    """Mishchenko & Defazio (2023), Algorithm 4: raise d if the steps agree with g·(p_0 - p)."""
+    """Mishchenko & Defazio (2023), Algorithm 4: raise d to its new estimate, if that is larger."""
     weight = estim_lr / estim_lr0 * prodigy_step_size(gamma, estim_lr, b1, b2, t)
     numerator = b3 * numerator_weighted + weight * alignment
     estimate = estim_lr_coef * numerator / jnp.where(grad_sum_norm > 0, grad_sum_norm, 1)
@@ -486,7 +486,7 @@ def trust_ratio(u, *, p, mean):
 def hyperball(u, radius, *, p, mean, size, learning_rate):
     """Wen et al. (2026), Hyperball: W ← R·n(W - η·R·n(u)), n(x) = x/‖x‖, R = ‖W‖ at the start.
 
-    With W' = W - a·u, ‖W'‖² = ‖W‖² - 2a⟨W,u⟩ + a²‖u‖² takes no second pass. A leaf with R = 0
+    With W' = W - a·u, ‖W'‖² = ‖W‖² - 2a⟨W,u⟩ + a²‖u‖², without a second pass. A leaf with R = 0
     takes the step -η·u.
     """
     p_sq, u_sq, inner = (size * x for x in mean(abs_sq(p), abs_sq(u), (p.conj() * u).real))

@@ -1,7 +1,7 @@
 """The whole family at equal tuning, on the two tasks of `compare`: `python -m benchmarks.family`.
 
-Each optimizer has its default arguments, a warmup, a linear decay, and five learning rates over 1.5
-decades. The five are centered on a first guess and shifted until the best one isn't at an edge.
+Each optimizer has its default arguments, a warmup, a linear decay, and four learning rates over 1.5
+decades. The four are around a first guess, and shifted until the best one isn't at an edge.
 All optimizers start from the same parameters, one set per seed, and see the same batches.
 """
 
@@ -19,19 +19,19 @@ from adam_jax.analysis.catalogue import constructors
 from adam_jax.cli.tasks import TASKS, Task, scheduled
 from benchmarks import report
 
-CENTERS = {"characters": 6e-3, "digits": 6e-3}
+CENTERS = {"characters": 4e-3, "digits": 4e-3}
 """AdamW's first guess."""
 STEPS = {"characters": 200, "digits": 300}
-FACTOR = 10**0.375
-WINDOW = 5
-MAX_SHIFT = 6
-"""The largest number of factors by which the center may move, 2.25 decades."""
+FACTOR = 10**0.5
+WINDOW = 4
+MAX_SHIFT = 4
+"""The largest number of factors by which the window may move, 2 decades."""
 SEEDS = 3
 GUESSES = {
     "adan": 5.0,
     "lamb": 3.0,
     "lion": 0.1,
-    "prodigy": 160.0,
+    "prodigy": 250.0,
     "schedule_free_adamw": 3.0,
     "sgd": 100.0,
     "simplified_ademamix": 0.01,
@@ -41,20 +41,20 @@ GUESSES = {
 
 
 def search(train: Callable[[Sequence[int]], np.ndarray]) -> tuple[list[int], np.ndarray]:
-    """Return the indices of five learning rates and their losses [rate, seed].
+    """Return the indices of the learning rates and their losses [rate, seed].
 
     `train` returns the losses of given indices, which count factors from the first guess.
     """
     known: dict[int, np.ndarray] = {}
     center = 0
     while True:
-        window = [center + k - WINDOW // 2 for k in range(WINDOW)]
+        window = [center + k - 1 for k in range(WINDOW)]
         new = [k for k in window if k not in known]
         known |= dict(zip(new, train(new), strict=True))
         losses = np.stack([known[k] for k in window])
         best = int(losses.mean(axis=1).argmin())
-        shift = best - WINDOW // 2
-        if best not in (0, WINDOW - 1) or abs(center + shift) > MAX_SHIFT:
+        shift = {0: -2, WINDOW - 1: 2}.get(best, 0)
+        if shift == 0 or abs(center + shift) > MAX_SHIFT:
             return window, losses
         center += shift
 

@@ -1,6 +1,6 @@
 """Step in place inside Flax: `adam_jax.apply` in `nnx.Optimizer` and in `TrainState`.
 
-Flax's own classes write the update to memory: in float32, if `tx` has `master_weights`.
+Flax's own classes materialize the update, in float32 if `tx` has `master_weights`.
 
 Run it with `python examples/in_place_nnx.py`.
 """

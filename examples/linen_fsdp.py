@@ -1,4 +1,4 @@
-"""FSDP in Linen by partition metadata: 8 devices share a model and its int8 state.
+"""FSDP in Linen with partition metadata: 8 devices share a model and its int8 state.
 
 The devices are virtual, on the CPU.
 

@@ -1,6 +1,6 @@
 """Accumulate gradients in Optax's two ways: within a step, and over several calls of `update`.
 
-`optax.microbatch` loops inside the step. `optax.MultiSteps` goes around the optimizer.
+`optax.microbatch` loops inside the step. `optax.MultiSteps` wraps the optimizer.
 
 Run it with `python examples/microbatching.py`.
 """

@@ -1,12 +1,12 @@
-"""Several processes train one model with ZeRO-1, save it, and go on with another number of them.
+"""Train one model with ZeRO-1 in two processes, save it, and resume with one process.
 
     python examples/two_processes.py
 
-starts two processes on this machine that talk over loopback, as hosts of a cluster would over their
-network, each with four virtual CPU devices. They train, save with Orbax and stop; one process with
-all eight devices goes on from there. The same steps in one process, without a stop, end at the same
-loss, but for rounding. On a cluster, `run` is what each host executes; there
-jax.distributed.initialize() mostly finds the others by itself.
+starts two processes on this machine, each with four virtual CPU devices. They communicate over
+loopback, as hosts of a cluster do over their network. They train, save with Orbax, and stop. One
+process with all eight devices then resumes. Training in one process without a stop gives the same
+loss up to rounding. On a cluster, each host executes `run`, and jax.distributed.initialize()
+usually finds the other hosts by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS = 30
 
 
 def run(directory: Path, until: int) -> float:
-    """Trains from the last checkpoint, if there is one, to so many steps, and saves."""
+    """Train from the last checkpoint, if there is one, to step `until`, and save."""
     import jax
     import jax.numpy as jnp
     import numpy as np

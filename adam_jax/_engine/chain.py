@@ -1,4 +1,4 @@
-"""Lifts rules to pytrees, in the only loop over leaves.
+"""Lift rules to pytrees, in the only loop over leaves.
 
 A `Link` is a rule with its hyperparameters. A `Chain` runs its links leaf by leaf in one pass: each
 link transforms the previous link's output. A step returns the update in the gradient's dtype, or
@@ -141,7 +141,7 @@ def link(
 
 
 def _with_bounds(rule: Rule, scalars: Mapping[str, Scalar]) -> Mapping[str, Moment]:
-    """Return the rule's moments, of which none limits the step with a lower bound of 0."""
+    """Return the rule's moments. A moment whose lower bound is 0 doesn't limit the step."""
     if rule.hyperparams.keys() - scalars.keys():  # a schedule or an array: unknown
         return rule.moments
     with jax.ensure_compile_time_eval():
@@ -247,7 +247,7 @@ class Chain:
         ]
 
     def _step_scalars(self, states: Sequence[State]) -> list[_StepScalars]:
-        """Return each link's scalars in this step, some computed from those of another link."""
+        """Return each link's scalars in this step, some computed from another link's scalars."""
         pairs = list(zip(self.links, states, strict=True))
         known: dict[str, PyTree] = {}
         for link, state in pairs:
@@ -401,7 +401,7 @@ class SteppedLeaf(NamedTuple):
     moments: Sequence[tuple[Stored, ...]]
     """The moments of each link."""
     sums: Sequence[Sequence[jax.Array]]
-    """The terms of each link's totals, none if it doesn't act on the leaf."""
+    """The terms of each link's totals; empty if the link doesn't act on the leaf."""
 
 
 class Tree:

@@ -23,7 +23,7 @@ Scalar: TypeAlias = np.float64 | jax.Array | Decay
 class Computed:
     """A hyperparameter computed in each step from another link's scalars and hyperparameters.
 
-    The arguments of `function` have the names that the rule with scalars gives to them.
+    The arguments of `function` are named after those scalars and hyperparameters.
     """
 
     function: Callable[..., jax.Array]

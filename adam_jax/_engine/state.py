@@ -21,7 +21,7 @@ State: TypeAlias = Any
 
 
 def _state_of(tx: optax.GradientTransformation) -> type[State]:
-    """Return the class of tx's state, which Optax doesn't export, without computing anything."""
+    """Return the class of tx's state, which Optax doesn't export; nothing is computed."""
     return type(jax.eval_shape(tx.init, ()))
 
 
@@ -166,10 +166,10 @@ def reset_step_count(state: PyTree, pattern: str | None = None) -> PyTree:
     """Return an optimizer's state whose steps count from 0 again, with the same moments.
 
     Bias correction restarts with old moments, so Adam's next step is (1 - b2)^½/(1 - b1) times as
-    long, 0.32 by default, and a larger gradient of a new target gives no large step. Schedules of
-    the moments' hyperparameters, such as b2, restart, too. Schedules of the learning rate and of
-    weight decay continue, and so do the counts of wrappers. Rules with another first step (`adan`,
-    `adopt`, `novograd`) make it again.
+    long, 0.32 by default, and larger gradients at a new target don't cause a large step. Schedules
+    of the moments' hyperparameters, such as b2, restart, too. Schedules of the learning rate and of
+    weight decay continue, and so do the counts of wrappers such as `master_weights`. Rules with a
+    special first step (`adan`, `adopt`, `grokfast`, `novograd`) repeat it.
     Source: Ellis et al. (2024), Adam on Local Time (Adam-Rel): in reinforcement learning, reset the
     count whenever the target changes, such as at each new batch of rollouts in PPO.
 

@@ -146,7 +146,7 @@ class Rule:
     def bounds(
         self, moments: Sequence[jax.Array], hyperparams: Mapping[str, PyTree]
     ) -> list[jax.Array | None]:
-        """Return the lower bound of each moment, given all moments; None without a bound."""
+        """Return each moment's lower bound, given all moments, or None if it has no bound."""
         known = {**hyperparams, **dict(zip(self.moments, moments, strict=True))}
         return [
             m.bound(**{k: known[k] for k in _arguments(m.bound)}) if m.bound else None

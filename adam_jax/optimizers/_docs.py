@@ -22,7 +22,7 @@ ARGUMENTS = {
 }
 
 ENDING = """Returns:
-  an `optax.GradientTransformationExtraArgs`. Any number may be a schedule of the step count.
+  an `optax.GradientTransformationExtraArgs`. Any number that isn't used in init may be a schedule.
 
 Raises:
   ValueError: a number or name is invalid; at update, gradients don't match the parameters.

@@ -45,8 +45,8 @@ def adam_s(
 ) -> Chain:
     """AdamS: AdamW with the previous momentum's square in place of the average squared gradient.
 
-    It has one moment, and takes AdamW's hyperparameters. Without bias correction, the first step is
-    (1 - b1)/√(1 - b2) times as long as AdamW's, 0.45 by default.
+    It has one moment, and AdamW's hyperparameters. There is no bias correction, so the first step
+    is (1 - b1)/√(1 - b2) times as long as AdamW's, 0.45 by default.
     Source: Zhang et al. (2025), AdamS: Momentum Itself Can Be A Normalizer for LLM Pretraining and
     Post-training.
 

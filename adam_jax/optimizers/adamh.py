@@ -30,20 +30,20 @@ def adamh(
     batch_axes: int = 0,
     **options: Unpack[Options],
 ) -> Chain:
-    """AdamH: Adam whose matrices keep the Frobenius norm that they have at init.
+    """AdamH: Adam that keeps the initial Frobenius norm of each matrix.
 
-    W ← R·n(W - η·R·n(u)), with Adam's direction u, n(x) = x/‖x‖, and R = ‖W‖ at init. So η is the
-    relative change of a matrix; start with √(ηλ) of a good AdamW. There is no weight decay. Other
-    leaves, and leaves of norm 0, take Adam's step -η·u; to give them another learning rate, use
-    `groups`.
+    W ← R·n(W - η·R·n(u)), with Adam's direction u, n(x) = x/‖x‖, and R = ‖W‖ at init. η is the
+    relative change of a matrix; start with √(ηλ) of a good AdamW run. There is no weight decay.
+    Other leaves, and leaves of norm 0, take Adam's step -η·u; to give them another learning rate,
+    use `groups`.
     Source: Wen et al. (2026), Hyperball Optimization, and Levanter's AdamH.
 
     Args:
       learning_rate: η ≥ 0, or a schedule of the step count.
       mask: the leaves that keep their norm: a tree of bools, or e.g. `not_matching('embed')`; by
         default, those with at least two axes besides `batch_axes`.
-      batch_axes: how many first axes of these leaves are a stack, such as scanned layers, of which
-        each entry keeps its own norm.
+      batch_axes: the number of leading axes that stack matrices, such as scanned layers; each
+        matrix keeps its own norm.
 
     >>> tx = adamh(0.01)
     """

@@ -50,10 +50,10 @@ def novograd(
     weight_decay: ScalarOrSchedule = 0.0,
     **options: Unpack[Options],
 ) -> Chain:
-    """NovoGrad: momentum of gradients that are divided by their leaf's norm.
+    """NovoGrad: momentum of gradients, each divided by its leaf's norm.
 
-    nu is one float32 number per leaf, whatever the storage: an average of ‖g‖², which starts at the
-    first gradient's. mu is a sum, so the direction is up to 1/(1 - b1) times as long as a term.
+    nu is one float32 number per leaf, whatever the storage: an average of ‖g‖² that starts at the
+    first ‖g‖². mu is a sum, so the direction is up to 1/(1 - b1) times as long as a term.
     Weight decay is inside mu; to exclude leaves, use `groups`.
     Source: Ginsburg et al. (2019), Stochastic Gradient Methods with Layer-wise Adaptive Moments for
     Training of Deep Networks, Algorithm 1.

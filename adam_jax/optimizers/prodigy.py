@@ -38,11 +38,10 @@ def prodigy(
 ) -> Chain:
     """Prodigy: AdamW that estimates its learning rate.
 
-    The estimate d is the distance to the solution, from below: it grows from estim_lr0 while steps
-    agree with the way from the initial parameters. It is one number for all leaves that the
-    optimizer acts on. The state has four arrays per parameter; the initial parameters keep
-    their dtype in every storage. After a NaN gradient, d stays NaN, so use
-    `optax.apply_if_finite`.
+    The estimate d is a lower bound on the distance to the solution. It grows from estim_lr0 while
+    -g points along the displacement from the initial parameters. All leaves that the optimizer acts
+    on share it. The state has four arrays per parameter; the initial parameters keep their dtype in
+    every storage format. After a NaN gradient, d stays NaN, so use `optax.apply_if_finite`.
     Source: Mishchenko & Defazio (2023), Prodigy: An Expeditiously Adaptive Parameter-Free Learner,
     Algorithm 4, with Adam's bias correction as in Optax. In Optax, ε is multiplied by the next
     step's d.
@@ -51,9 +50,9 @@ def prodigy(
       learning_rate: η ≥ 0, which multiplies d, or a schedule of the step count.
       betas: the decay rates (b1, b2) of both moments, in [0, 1).
       beta3: in [0, 1), the decay rate of the sums that estimate d; by default √b2.
-      estim_lr0: > 0, d before the first step, an underestimate.
+      estim_lr0: > 0, the initial d, smaller than any plausible estimate.
       estim_lr_coef: ≥ 0, which multiplies the estimate.
-      safeguard_warmup: whether the estimate's denominator omits η, for a long warmup.
+      safeguard_warmup: whether to omit η from the estimate's denominator, for a long warmup.
 
     >>> tx = prodigy(1.0, weight_decay=0.01)
     """

@@ -21,26 +21,26 @@ def hyperball(
     mask: Mask = None,
     batch_axes: int = 0,
 ) -> Transformation:
-    """Step along any direction, so that matrices keep the Frobenius norm that they have at init.
+    """Step along any direction, and keep the initial Frobenius norm of each matrix.
 
     W ← R·n(W - η·R·n(u)), with the direction u, n(x) = x/‖x‖, and R = ‖W‖ at init, which the state
-    keeps. So η is the relative change of a matrix. There is no weight decay. Other leaves, and
+    keeps. η is the relative change of a matrix. There is no weight decay. Other leaves, and
     leaves of norm 0, take the step -η·u; to give them another learning rate, use
     `optax.partition`.
 
-    In `gradient_release`, each layer is stepped by itself, so batch_axes=0 gives each layer its own
-    norm. With batch_axes > 0, a leaf is stepped in XLA, whatever the implementation.
+    `gradient_release` steps each layer by itself, so batch_axes=0 gives each layer its own norm.
+    With batch_axes > 0, a leaf is stepped in XLA, whatever the implementation.
     Source: Wen et al. (2026), Hyperball Optimization, arXiv:2606.16899.
 
     Args:
-      direction: a direction, ours or Optax's, such as `scale_by_adam()`. It runs in the same pass
-        as the step if it is ours.
+      direction: a direction, ours or Optax's, such as `scale_by_adam()`. If it is ours, it runs in
+        the same pass as the step.
       learning_rate: η ≥ 0, or a schedule of the step count.
       mask: the leaves that keep their norm: a tree of bools, a prefix of one, or a function of the
         parameters, such as `not_matching("embed")`; by default, those with at least two axes
         besides `batch_axes`.
-      batch_axes: how many first axes of these leaves are a stack, such as scanned layers, of which
-        each entry keeps its own norm.
+      batch_axes: the number of leading axes that stack matrices, such as scanned layers; each
+        matrix keeps its own norm.
 
     Returns:
       a finished optimizer. Its update needs the parameters.

@@ -71,9 +71,9 @@ def mars(
 ) -> Transformation:
     """Pass a variance-reduced gradient to `tx`: g + γ·b1/(1 - b1)·(g - g_prev).
 
-    Each of its leaves is clipped to norm 1. This is the paper's approximate form: g_prev is the
-    previous batch's gradient, not this batch's at the previous parameters. g_prev starts at 0, as
-    in the authors' code. The state is the pair (state with g_prev, state of `tx`).
+    Each leaf of this gradient is clipped to norm 1. This is the paper's approximate form: g_prev is
+    the previous batch's gradient, not this batch's at the previous parameters. g_prev starts at 0,
+    as in the authors' code. The state is the pair (state with g_prev, state of `tx`).
     Source: Yuan et al. (2024), MARS: Unleashing the Power of Variance Reduction, Algorithm 2.
 
     Args:
@@ -102,8 +102,8 @@ def grokfast(
 ) -> Transformation:
     """Pass g + lamb·slow to `tx`, where slow averages the gradients: Grokfast-EMA.
 
-    It shortens the delay until a small model that has memorized its data generalizes. The state is
-    the pair (state with slow, state of `tx`).
+    It lets a small model that has memorized its data generalize sooner. The state is the pair
+    (state with slow, state of `tx`).
     Source: Lee et al. (2024), Grokfast: Accelerated Grokking by Amplifying Slow Gradients,
     arXiv:2405.20233, Algorithm 2.
 
