@@ -21,7 +21,7 @@ from benchmarks import report
 
 CENTERS = {"characters": 4e-3, "digits": 4e-3}
 """AdamW's first guess."""
-STEPS = {"characters": 200, "digits": 300}
+STEPS = {"characters": 150, "digits": 200}
 FACTOR = 10**0.5
 WINDOW = 4
 MAX_SHIFT = 4
