@@ -75,6 +75,12 @@ def from_torch(
             "from_torch: mapping must be given if the state dict has no param_names; pass paths "
             f"in PyTorch's order as mapping=, from {', '.join(shapes)}"
         )
+    fix = "pass a mapping that renames and transposes it, e.g. flax_names(params)"
+    if callable(mapping) and not names:
+        fix = (
+            "the state dict has no param_names: pass paths in PyTorch's order as mapping=, or make "
+            "PyTorch's optimizer from model.named_parameters()"
+        )
     names = names or order
     paths = [str(name).replace(".", "/") for name in names]
     if isinstance(mapping, Sequence):
@@ -100,7 +106,7 @@ def from_torch(
                 raise ValueError(
                     f"from_torch: {field} of PyTorch's {name!r} has shape {x.shape}, but {path!r} "
                     + (f"has {shapes[path]}" if path in shapes else f"is not in {list(shapes)}")
-                    + "; pass a mapping that renames and transposes it, e.g. flax_names(params)"
+                    + f"; {fix}"
                 )
             moments.setdefault(moment, {})[path] = jnp.asarray(x)
     if len(steps) > 1:

@@ -147,6 +147,7 @@ def test_from_torch_takes_nnx_and_the_names_in_a_state_dict():
         (dict_of([(2, 3)]), ["v"], ("'v'", "['w']")),
         (dict_of([(2, 3)]), ["w", "b"], ("mapping", "2", "1")),
         (dict_of([(2, 3)]), None, ("param_names", "mapping=")),
+        (dict_of([(3, 2)]), flax_names({}), ("'0'", "no param_names", "named_parameters()")),
         (dict_of([(2, 3), (2, 3)], steps=[1, 2]), ["w", "w"], ("numbers of steps",)),
         (
             {"state": {}, "param_groups": [{"params": [0]}]},
