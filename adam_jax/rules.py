@@ -489,9 +489,9 @@ def hyperball(u, radius, *, p, mean, size, learning_rate):
     With W' = W - a·u, ‖W'‖² = ‖W‖² - 2a⟨W,u⟩ + a²‖u‖², without a second pass. A leaf with R = 0
     takes the step -η·u.
     """
-    p_sq, u_sq, inner = (size * x for x in mean(abs_sq(p), abs_sq(u), (p.conj() * u).real))
+    p_sq, u_sq, product = (size * x for x in mean(abs_sq(p), abs_sq(u), inner(p, u)))
     a = jnp.where(u_sq > 0, learning_rate * radius / sqrt(jnp.where(u_sq > 0, u_sq, 1)), 0)
-    new_sq = p_sq - 2 * a * inner + a * a * u_sq
+    new_sq = p_sq - 2 * a * product + a * a * u_sq
     scale = jnp.where(new_sq > 0, radius / sqrt(jnp.where(new_sq > 0, new_sq, 1)), 1)
     step = (scale - 1) * p - scale * a * u
     return jnp.where(radius > 0, step, -learning_rate * u), radius

@@ -34,7 +34,8 @@ def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None)
     broadcast to a sharded one, so lossy state and numbers are updated shard by shard.
     """
     axis_types = jax.typeof(operands.update).sharding.mesh.axis_types
-    if AxisType.Explicit in axis_types and any_of_other_shape(operands.moments):
+    explicit = AxisType.Explicit in axis_types and operands.update.ndim > 0
+    if explicit and any_of_other_shape(operands.moments):
         return per_shard(functools.partial(_execute_shard, step), step, operands, sharding)
     if step.platform == "tpu" and not step.batch_axes and tile_view.fits(operands):
         return _execute_in_tiles(step, operands)

@@ -12,7 +12,7 @@ import functools
 import itertools
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeGuard
 
 import jax
@@ -24,7 +24,7 @@ from adam_jax._backends import xla
 from adam_jax._backends.choice import BACKENDS
 from adam_jax._backends.step import Operands
 from adam_jax._engine import parts
-from adam_jax._engine.hyperparams import Computed, Scalar, as_scalar, evaluate, is_schedule
+from adam_jax._engine.hyperparams import Computed, Value, as_value, evaluate, is_schedule
 from adam_jax._engine.leaf import (
     Layout,
     Seeds,
@@ -59,7 +59,7 @@ class Link:
     """The rule's hyperparameters."""
     moments: Mapping[str, Moment]
     """The rule's moments, with the lower bounds that these hyperparameters give."""
-    scalars: Mapping[str, Scalar]
+    constants: Mapping[str, Value]
     """The hyperparameters that are Python numbers, converted once."""
     starts: Mapping[str, PyTree]
     """The initial value of each moment and scalar; for a moment, it may be f(parameter)."""
@@ -77,14 +77,13 @@ class Link:
             for name, moment in self.moments.items()
         }
         counts = {name: jnp.zeros([], jnp.int32) for name in self.counts}
-        scalars = {
-            name: jnp.asarray(self.starts[name], _real_dtype(jax.tree.leaves(params)))
-            for name in self.rule.scalars
-        }
+        leaves = jax.tree.leaves(params) if self.rule.scalars else ()
+        dtype = _real_dtype(map(jnp.result_type, leaves))
+        scalars = {name: jnp.array(self.starts[name], dtype) for name in self.rule.scalars}
         state = self.state(**counts, **moments, **scalars)
         return state if self.mask is None else optax.MaskedState(state)
 
-    def operands(self, count: jax.Array | None, values: Mapping[str, PyTree]) -> dict[str, Scalar]:
+    def operands(self, count: jax.Array | None, values: Mapping[str, PyTree]) -> dict[str, Value]:
         """Return the values of the hyperparameters after `count` steps.
 
         `values` has the scalars and hyperparameters of the link with scalars.
@@ -92,9 +91,9 @@ class Link:
         evaluated = {
             k: v(values) if isinstance(v, Computed) else v
             for k, v in self.hyperparams.items()
-            if k not in self.scalars
+            if k not in self.constants
         }
-        return {**self.scalars, **evaluate(evaluated, count)}
+        return {**self.constants, **evaluate(evaluated, count)}
 
 
 def link(
@@ -134,18 +133,18 @@ def link(
         for name, m in declared.items()
     }
     used = {k: values[k] for k in rule.hyperparams}
-    scalars = {k: as_scalar(k, v) for k, v in used.items() if isinstance(v, (int, float))}
+    constants = {k: as_value(k, v) for k, v in used.items() if isinstance(v, (int, float))}
     options = tuple((k, given.get(k, v)) for k, v in rule.options.items())
-    moments = _with_bounds(rule, scalars) if quantized else rule.moments
-    return Link(rule, used, moments, scalars, start, options, storage, state, counts, mask)
+    moments = _with_bounds(rule, constants) if quantized else rule.moments
+    return Link(rule, used, moments, constants, start, options, storage, state, counts, mask)
 
 
-def _with_bounds(rule: Rule, scalars: Mapping[str, Scalar]) -> Mapping[str, Moment]:
+def _with_bounds(rule: Rule, constants: Mapping[str, Value]) -> Mapping[str, Moment]:
     """Return the rule's moments. A moment whose lower bound is 0 doesn't limit the step."""
-    if rule.hyperparams.keys() - scalars.keys():  # a schedule or an array: unknown
+    if rule.hyperparams.keys() - constants.keys():  # a schedule or an array: unknown
         return rule.moments
     with jax.ensure_compile_time_eval():
-        bounds = rule.bounds([jnp.ones(())] * len(rule.moments), scalars)
+        bounds = rule.bounds([jnp.ones(())] * len(rule.moments), constants)
         limits = [bound is not None and bool(bound > 0) for bound in bounds]
     named = zip(rule.moments.items(), limits, strict=True)
     return {name: m._replace(bounds_step=m.bounds_step and limit) for (name, m), limit in named}
@@ -296,7 +295,8 @@ class Chain:
                 )
                 for i, name in enumerate(link.rule.moments)
             }
-            scalars = _next_scalars(link, state, step, [leaf.sums[k] for leaf in stepped])
+            sums = dict(zip(tree.keys, (leaf.sums[k] for leaf in stepped), strict=True))
+            scalars = _next_scalars(link, state, step, list(parts.own(sums).values()))
             state = state._replace(**step.counts, **moments, **scalars)
             new.append(state if link.mask is None else optax.MaskedState(state))
         return new[self._main] if self.bare else tuple(new)
@@ -337,7 +337,7 @@ class Chain:
             return unchanged(p if emit_params else u)
         random_param = split and p.seed is not None
         seeds = None
-        if random_param or _moments.needs_random_bits(stored):
+        if random_param or any(map(_needs_random_bits, self.links, stored)):
             seeds = Seeds(seed_of_layer(_hash(key)), p.seed if random_param else 0, counts)
         ordered = xla.orders_writes(target_platform())
         ordered = ordered and seeds is not None and self._has_learning_rate()
@@ -348,7 +348,7 @@ class Chain:
         used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
         totals = [len(stage[0].totals) if stage else 0 for stage in stages]
         if any(totals):
-            zero = jnp.zeros((1,) * np.ndim(u), _real_dtype((u, p, stored)))
+            zero = jnp.zeros((1,) * np.ndim(u), _real_dtype(_moments.dtypes((u, p, stored))))
             used.append((TotalLeaf(zero),) * sum(totals))
         sharding = known_shardings.get().get(key)
         execute_leaf = BACKENDS[self.implementation]
@@ -364,6 +364,11 @@ class Chain:
         return SteppedLeaf(output, moments, sums)
 
 
+def _needs_random_bits(link: Link, moments: tuple[Stored, ...]) -> bool:
+    pairs = zip(link.rule.moments.values(), moments, strict=True)
+    return any(_moments.needs_random_bits(x) for declared, x in pairs if not declared.exact)
+
+
 def _next_scalars(
     link: Link, state: State, step: _StepScalars, sums: Sequence[Sequence[jax.Array]]
 ) -> dict[str, jax.Array]:
@@ -377,12 +382,13 @@ def _next_scalars(
         totals = [total + x.astype(dtype) for total, x in zip(totals, leaf, strict=True)]
     named = dict(zip(rule.totals, parts.total(totals), strict=True))
     new = rule.next_scalars({**step.cast(dtype), **named})
+    errors.scalars(rule, new)
     return {name: jnp.asarray(new[name], getattr(state, name).dtype) for name in rule.scalars}
 
 
-def _real_dtype(arrays: PyTree) -> np.dtype:
-    """Return the dtype of sums over these arrays."""
-    return arithmetic_dtype(*_moments.dtypes(arrays)).type(0).real.dtype
+def _real_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """Return the dtype of sums over arrays of these dtypes."""
+    return jnp.finfo(arithmetic_dtype(*dtypes)).dtype
 
 
 def _dtype_of_scalars(link: Link, state: State) -> np.dtype:
@@ -455,7 +461,7 @@ class _StepScalars(NamedTuple):
     """The scalars of a link in one step, shared by all leaves."""
 
     t: PyTree
-    operands: dict[str, Scalar]
+    operands: dict[str, Value]
     counts: dict[str, PyTree]
 
     @classmethod
@@ -496,7 +502,7 @@ def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTre
 
 def _flags(mask: Mask, updates: PyTree) -> list[bool]:
     """Return one bool per leaf from an Optax mask, which is a prefix tree or a function."""
-    tree = mask(updates) if _is_function(mask) else mask
+    tree = mask(updates) if is_mask_function(mask) else mask
     flags: list[bool] = []
 
     def spread(flag: PyTree, subtree: PyTree) -> None:
@@ -511,7 +517,7 @@ def _flags(mask: Mask, updates: PyTree) -> list[bool]:
     return flags
 
 
-def _is_function(mask: Mask) -> TypeGuard[Callable[[optax.Updates], PyTree]]:
+def is_mask_function(mask: Mask) -> TypeGuard[Callable[[optax.Updates], PyTree]]:
     """Whether a mask is a function, not a tree that can be called, such as an Equinox module."""
     return callable(mask) and all(map(callable, jax.tree.leaves(mask)))
 

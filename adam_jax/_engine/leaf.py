@@ -255,7 +255,7 @@ def _encode(
     encoded: dict[str, Stored] = {}
     bits_of = _bits_of_pairs(list(rule.moments), functools.partial(draw, seeds))
     for (name, moment), x, stored in zip(rule.moments.items(), new, old, strict=True):
-        random = not moment.round_down and _moments.needs_random_bits(stored)
+        random = not (moment.round_down or moment.exact) and _moments.needs_random_bits(stored)
         bits = bits_of(name) if random else None
         finite = None if moment.signed else _signed_in_same_blocks(rule, encoded, stored)
         if _moments.is_number(stored):
@@ -343,9 +343,10 @@ def _apply(
 ) -> tuple[jax.Array, Sequence[jax.Array], Sequence[jax.Array]]:
     """Return a rule's direction, its new moments, and the arrays to sum for its totals."""
     out = rule.apply(u, moments, values)
-    if rule.fields:
+    if rule.moments or rule.totals:
         errors.returned(rule, out)
-    out = out if rule.fields else (out,)
+    else:
+        out = (out,)
     errors.outputs(rule, u, moments, out)
     terms = [out[-1][name] for name in rule.totals]
     return out[0], out[1 : 1 + len(moments)], terms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +14,8 @@ from adam_jax._util.typing import PyTree
 
 INPUTS = ("t", "g", "p", "mean", "size")
 """The keywords that the engine passes to a rule besides its hyperparameters."""
+
+empty = inspect.Parameter.empty
 
 Option: TypeAlias = bool | str | Callable[..., Any]
 """An argument of a rule that is fixed when the optimizer is made."""
@@ -126,8 +129,7 @@ class Rule:
         self, u: jax.Array, moments: Sequence[jax.Array], values: Mapping[str, PyTree]
     ) -> PyTree:
         """Apply the formula, with its keyword arguments from `values`."""
-        _, keywords = _parameters(self.step)
-        return self.step(u, *moments, **{k: values[k] for k in keywords})
+        return call_by_name(functools.partial(self.step, u, *moments), values)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -141,7 +143,7 @@ class Rule:
         """
         if self.update_scalars is None:
             return {}
-        return self.update_scalars(**{k: values[k] for k in _arguments(self.update_scalars)})
+        return call_by_name(self.update_scalars, values)
 
     def bounds(
         self, moments: Sequence[jax.Array], hyperparams: Mapping[str, PyTree]
@@ -223,11 +225,13 @@ def rule(
 
     def declare(step: Callable[..., Any]) -> Rule:
         positional, keywords = _parameters(step)
-        for name, moment in moments.items():
-            if not isinstance(moment, Moment) or name == "count" or name.startswith("_"):
+        for name, field in declared.items():
+            reserved = name in ("count", *INPUTS[:1], *INPUTS[2:]) or name.startswith("_")
+            if not isinstance(field, (Moment, Scalar)) or reserved:
                 raise TypeError(
-                    f"rule {step.__name__}: {name} must be a moment, got {moment!r}; declare it "
-                    f"signed or positive; its name can't be count or begin with _"
+                    f"rule {step.__name__}: {name} must be a moment or a scalar, got {field!r}; "
+                    f"declare it signed, positive, or scalar; its name can't be count, t, p, mean, "
+                    f"or size, or begin with _"
                 )
         if positional[1:] != list(moments):
             raise TypeError(
@@ -248,7 +252,13 @@ def rule(
                 f"dict of the next step's scalars"
             )
         totals, more = _parameters(update_scalars) if update_scalars else ([], {})
-        keywords = {**more, **keywords}
+        for name, default in more.items():
+            if name in INPUTS[1:] or isinstance(default, (bool, str)) or _is_function(default):
+                raise TypeError(
+                    f"rule {step.__name__}: the keyword-only arguments of update_scalars must be t "
+                    f"and numbers, got {name}; totals and scalars are positional"
+                )
+        keywords |= {k: v for k, v in more.items() if keywords.get(k, empty) is empty}
         named = {k: v for k, v in keywords.items() if k not in (*INPUTS, *scalars)}
         options = {k: v for k, v in named.items() if isinstance(v, (bool, str)) or _is_function(v)}
         return Rule(
@@ -272,9 +282,14 @@ def _parameters(function: Callable[..., Any]) -> tuple[list[str], dict[str, Any]
     return positional, {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def call_by_name(function: Callable[..., Any], values: Mapping[str, PyTree]) -> Any:
+    """Call a function with its arguments from `values`."""
+    return function(**{name: values[name] for name in inspect.signature(function).parameters})
+
+
 def _arguments(function: Callable[..., Any] | None) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters) if function else ()
 
 
 def _is_function(default: Any) -> bool:
-    return callable(default) and default is not inspect.Parameter.empty
+    return callable(default) and default is not empty

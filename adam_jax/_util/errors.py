@@ -380,6 +380,25 @@ def returned(rule: Rule, out: PyTree) -> None:
         )
 
 
+def start(name: str, leaf: PyTree, x: PyTree) -> None:
+    """Check the shape of a moment's start, if it is a function of the parameter."""
+    if jnp.shape(x) != jnp.shape(leaf):
+        raise value_error(
+            f"{name}: the start must have the parameter's shape {jnp.shape(leaf)}, got "
+            f"{jnp.shape(x)}; return an array like the parameter, or declare .per_leaf()"
+        )
+
+
+def scalars(rule: Rule, new: PyTree) -> None:
+    """Check what a rule's `update_scalars` returned: a dict with a scalar for each name."""
+    named = isinstance(new, dict) and new.keys() == rule.scalars.keys()
+    if not named or any(x is None or jnp.shape(x) != () for x in new.values()):
+        raise value_error(
+            f"rule {rule.name}: update_scalars must return a dict of scalars with the keys "
+            f"{', '.join(rule.scalars)}, got {new!r}"
+        )
+
+
 def outputs(rule: Rule, u: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]) -> None:
     """Check the shapes and dtypes of a rule's direction, moments, and arrays to sum."""
     named = list(zip(("direction", *rule.moments), (u, *old), new, strict=False))
@@ -448,7 +467,7 @@ def mask(given: PyTree, gradients: PyTree, *, no_tree: bool = False) -> Exceptio
     """Return the error for a mask that isn't a tree of bools or a prefix of the gradients."""
     error = type_error if no_tree else value_error
     return error(
-        f"the mask of weight_decay must be a tree of bools with the gradients' structure "
+        f"the mask must be a tree of bools with the gradients' structure "
         f"{jax.tree.structure(gradients)}, a prefix of it, or a function that returns one, got "
         f"{given!r}; use e.g. adam_jax.not_matching('bias')"
     )

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from adam_jax import rules
-from adam_jax._engine.chain import Chain, Computed, Link, is_schedule, link
+from adam_jax._engine.chain import Chain, Link, is_mask_function, link
+from adam_jax._engine.hyperparams import Computed, is_schedule
 from adam_jax._engine.state import WeightDecaySchedule
 from adam_jax._util import errors
 from adam_jax._util.numerics import norm
@@ -92,7 +93,8 @@ def step_on_sphere(
 
     The default mask has the leaves with at least two axes besides the batch.
     """
-    if not isinstance(batch_axes, int) or batch_axes < 0:
+    is_integer = isinstance(batch_axes, (int, np.integer)) and not isinstance(batch_axes, bool)
+    if not is_integer or batch_axes < 0:
         raise errors.value_error(f"batch_axes must be an integer >= 0, got {batch_axes!r}")
 
     def matrices(tree: PyTree) -> PyTree:
@@ -101,7 +103,7 @@ def step_on_sphere(
     chosen: PyTree = matrices if mask is None else mask
 
     def others(tree: PyTree) -> PyTree:
-        flags = chosen(tree) if callable(chosen) else chosen
+        flags = chosen(tree) if is_mask_function(chosen) else chosen
         return jax.tree.map(operator.not_, flags, is_leaf=lambda x: x is None)
 
     plain = dataclasses.replace(_descend(learning_rate), mask=others)

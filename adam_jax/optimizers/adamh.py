@@ -27,7 +27,7 @@ def adamh(
     eps: NonNegative = 1e-8,
     mask: Mask = None,
     *,
-    batch_axes: int = 0,
+    batch_axes: int | None = None,
     **options: Unpack[Options],
 ) -> Chain:
     """AdamH: Adam that keeps the initial Frobenius norm of each matrix.
@@ -43,10 +43,10 @@ def adamh(
       mask: the leaves that keep their norm: a tree of bools, or e.g. `not_matching('embed')`; by
         default, those with at least two axes besides `batch_axes`.
       batch_axes: the number of leading axes that stack matrices, such as scanned layers; each
-        matrix keeps its own norm.
+        matrix keeps its own norm; None for 0.
 
     >>> tx = adamh(0.01)
     """
     along = link_of(scale_by_adam)(b1, b2, eps, storage=options.get("storage"))
-    links = along, *step_on_sphere(learning_rate, mask, batch_axes)
+    links = along, *step_on_sphere(learning_rate, mask, batch_axes or 0)
     return Chain("adamh", links, options.get("implementation", "auto"))

@@ -7,6 +7,7 @@ from typing import Unpack
 from adam_jax import rules
 from adam_jax._engine.chain import Chain, Link, link
 from adam_jax._engine.state import NovogradState
+from adam_jax._util import errors
 from adam_jax._util.typing import DecayRate, DType, NonNegative, ScalarOrSchedule
 from adam_jax.optimizers._common import descend
 from adam_jax.optimizers._constructor import Options, direction, link_of, optimizer
@@ -29,6 +30,7 @@ def scale_by_novograd(
 
     >>> tx = scale_by_novograd(weight_decay=1e-3)
     """
+    errors.hyperparam("weight_decay", weight_decay)
     storage = with_dtype(options.get("storage"), "mu", "mu_dtype", mu_dtype)
     given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "decay_in_mu": weight_decay}
     return link(rules.novograd, given, storage=storage, state=NovogradState)

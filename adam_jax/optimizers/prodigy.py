@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Unpack
 
 import optax
 
 from adam_jax import rules
-from adam_jax._engine.chain import Chain, Computed, link
+from adam_jax._engine.chain import Chain, link
+from adam_jax._engine.hyperparams import Computed
 from adam_jax._util import errors
 from adam_jax._util.numerics import decay_rate
 from adam_jax._util.typing import DecayRate, NonNegative, Numeric, ScalarOrSchedule
@@ -57,7 +59,11 @@ def prodigy(
     >>> tx = prodigy(1.0, weight_decay=0.01)
     """
     errors.above_zero("estim_lr0", estim_lr0)
+    errors.hyperparam("learning_rate", learning_rate)
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise errors.type_error(f"betas must be a pair of decay rates (b1, b2), got {betas!r}")
     b1, b2 = betas
+    errors.not_a_schedule("betas", b2)
     given = {
         "gamma": learning_rate,
         "b1": b1,

@@ -302,11 +302,23 @@ def start(
     def arrays(path: KeyPath, leaf: PyTree) -> list[jax.Array]:
         kept = format_of(storage, name, declared, path, leaf)
         kinds.add(type(kept) if not isinstance(kept, Reduction) else _kind(kept))
-        start: PyTree = value(leaf) if callable(value) else value
+        start: PyTree = value
+        if callable(value):
+            start = value(leaf)
+            errors.start(name, leaf, start)
         if isinstance(kept, Reduction):
             dtype = arithmetic_dtype(jnp.result_type(leaf))
+            if callable(value):
+                zeros = [jnp.zeros(shape, dtype) for shape in kept.shapes(leaf.shape)]
+                like = FactoredLeaf(*zeros) if len(zeros) == 2 else MeanLeaf(*zeros)
+                return [_shard_like(x, leaf) for x in _reduced.encode(start, like)]
             full = functools.partial(jnp.full, fill_value=start, dtype=dtype)
             return [_shard_like(full(shape), leaf) for shape in kept.shapes(leaf.shape)]
+        if isinstance(kept, Code) and callable(value):
+            options = Options(declared.signed, declared.round_down, saturate=False)
+            x = jnp.asarray(start, jnp.float32)
+            made = _blockwise.encode(kept, x, jnp.float32(0.5), kept.block, None, options)
+            return [made.codes, _shard_like(made.scales, leaf)]
         if isinstance(kept, Code):
             sign = jnp.sign(jnp.asarray(start, jnp.float32))
             code = kept.encode(sign * kept.largest, jnp.float32(0))
@@ -343,7 +355,7 @@ def _start_per_leaf(params: PyTree, value: Numeric | Start) -> PyTree:
     def number(leaf: PyTree) -> jax.Array:
         dtype = arithmetic_dtype(jnp.result_type(leaf))  # complex for complex leaves, as in Optax
         x = value(jnp.asarray(leaf, dtype)) if callable(value) else value
-        return _shard_like(jnp.asarray(x, dtype), leaf)
+        return _shard_like(jnp.array(x, dtype), leaf)  # a copy, which can be donated
 
     boxed, treedef = jax.tree.flatten(params, is_leaf=is_box)
     return treedef.unflatten([number(unbox(box)) for box in boxed])

@@ -51,15 +51,17 @@ def hyperball(
 
     >>> import adam_jax
     >>> hyperball(adam_jax.scale_by_lion(), 0.01)
-    hyperball(scale_by_lion(b1=0.9, b2=0.99, smooth_beta=1.0), learning_rate=0.01)
+    hyperball(direction=scale_by_lion(b1=0.9, b2=0.99, smooth_beta=1.0), learning_rate=0.01)
     """
     with errors.error_context("hyperball"):
         errors.transformation("direction", direction, "hyperball(direction, learning_rate)")
         refuse_finished("hyperball", direction)
         errors.in_range("learning_rate", learning_rate, FROM_ZERO)
         links = step_on_sphere(learning_rate, mask, batch_axes)
-    shown = call_text("", {"learning_rate": learning_rate})[1:-1]
-    text = f"hyperball({describe(direction)}, {shown})"
+    shown = {"direction": describe(direction), "learning_rate": learning_rate}
+    shown |= {} if mask is None else {"mask": mask}
+    shown |= {"batch_axes": batch_axes} if batch_axes else {}
+    text = call_text("hyperball", shown)
     source = source_of(direction)
     if isinstance(source, Chain):
         together = (*source.links, *links)

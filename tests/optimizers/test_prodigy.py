@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import adam_jax
 import reference
 from adam_jax import prodigy
-from helpers import step_of
+from helpers import says, step_of
 
 STEPS = 40
 START = {"kernel": (8, 4), "bias": (8,)}
@@ -172,7 +172,8 @@ def is_prodigy(x):
     return isinstance(x, optax.contrib.ProdigyState)
 
 
-def test_all_layers_share_the_estimate_under_gradient_release():
+@pytest.mark.parametrize("two_pass", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_all_layers_share_the_estimate_under_gradient_release(two_pass):
     shapes = {"in": (3, 4), "w": (5, 4, 4), "x": (6, 3)}
     model = {
         "first": lambda outer, x: x @ outer["in"],
@@ -191,7 +192,7 @@ def test_all_layers_share_the_estimate_under_gradient_release():
         x = arrays["x"]
         params = {"outer": {"in": arrays["in"]}, "layers": {"w": arrays["w"]}}
         plain, expected = train(prodigy(), params, gradient=lambda p, t: jax.grad(loss)(p))
-        release = adam_jax.gradient_release(prodigy(), **model)
+        release = adam_jax.gradient_release(prodigy(), **model, two_pass=two_pass)
         step = lambda params, state, grads: release(params, state, x)[:2]  # noqa: E731
         released, state = train(release, params, step=step, gradient=lambda p, t: None)
     np.testing.assert_allclose(state.inner_state.estim_lr, expected.estim_lr, rtol=1e-10)
@@ -205,6 +206,47 @@ def test_a_tree_without_gradients_keeps_the_estimate():
     updates, state = tx.update(zero, tx.init(params), params)
     assert float(state.estim_lr) == pytest.approx(1e-6)
     assert not np.any(flat(updates))
+
+
+def test_states_of_one_optimizer_share_no_array():
+    """Donating one state leaves the others, and the arguments, as they are."""
+    tx = prodigy(estim_lr0=jnp.float32(1e-5))
+    update = jax.jit(tx.update, donate_argnums=1)
+    for _ in range(2):
+        params = parameters(shapes={"w": (3,)})
+        update(params, tx.init(params), params)
+    assert tx.init({"w": 1.0}).estim_lr == jnp.float32(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("returned", "parts"),
+    [
+        ({"norm": jnp.zeros(2)}, ("a dict of scalars", "norm")),
+        ({"other": 1.0}, ("a dict of scalars", "norm", "other")),
+        (1.0, ("a dict of scalars", "1.0")),
+    ],
+)
+def test_a_function_that_returns_no_scalars_is_an_error(returned, parts):
+    @adam_jax.rule(norm=adam_jax.scalar, update_scalars=lambda norm: returned)
+    def plain(g, *, norm):
+        return g
+
+    tx = adam_jax.from_rule(plain, 1.0)
+    with pytest.raises(ValueError, match=says("plain: rule plain", "update_scalars", *parts)):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+def test_a_function_of_scalars_takes_no_arrays():
+    with pytest.raises(TypeError, match=says("rule plain", "update_scalars", "got p")):
+
+        @adam_jax.rule(norm=adam_jax.scalar, update_scalars=lambda norm, *, p: {"norm": norm})
+        def plain(g, *, norm):
+            return g
+
+
+def test_a_pair_of_decay_rates_is_a_pair():
+    with pytest.raises(TypeError, match=says("prodigy", "betas", "(b1, b2)", "0.9")):
+        prodigy(betas=0.9)
 
 
 def test_a_users_rule_can_have_scalars():

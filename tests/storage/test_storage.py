@@ -108,3 +108,17 @@ def test_a_state_without_a_step_count_rounds_to_nearest_as_in_optax():
     _, state = ours.update(params, state)
     _, other = theirs.update(params, other)
     np.testing.assert_array_equal(state[0].trace, other[0].trace)
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8", adam_jax.storage.mean(-1)])
+def test_a_moment_may_start_at_a_function_of_the_parameter(storage):
+    @adam_jax.rule(nu=adam_jax.positive.starting_at(jnp.abs))
+    def keep(g, nu):
+        return g, nu
+
+    params = jnp.linspace(-1, 1, 8192).reshape(64, 128)
+    moment = adam_jax.moments(adam_jax.scale_by_rule(keep, storage=storage).init(params))["nu"]
+    expected = np.abs(params)
+    if moment.shape != params.shape:
+        expected = expected.mean(-1, keepdims=True)
+    np.testing.assert_allclose(moment, expected, atol=0.01)
