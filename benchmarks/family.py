@@ -104,8 +104,10 @@ def row(name: str, found: dict[str, dict[str, Any]], adamw: dict[str, dict[str, 
         cells[f"{task}: η"] = f"{result['best']:.1g}"
         cells[f"{task}: loss"] = f"{best.mean():.4f} ± {best.std(ddof=1):.4f}"
         ratios.append(result["best"] / adamw[task]["best"])
-    low, high = min(ratios), max(ratios)
-    cells["η / AdamW's"] = f"{low:.1g}" if high < 1.5 * low else f"{low:.1g}–{high:.1g}"
+    low, high = (f"{float(f'{x:.1g}'):g}" for x in (min(ratios), max(ratios)))
+    cells["η / AdamW's"] = (
+        low if max(ratios) < 1.5 * min(ratios) or low == high else f"{low}–{high}"
+    )
     return cells
 
 

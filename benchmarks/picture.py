@@ -61,11 +61,8 @@ def draw_family(rows: Sequence[Mapping[str, str]], theme: Mapping[str, str]) -> 
     means, deviations = [float(mean) for mean, _ in pairs], [float(error) for _, error in pairs]
     axes.errorbar(means, names, xerr=deviations, fmt="o", color=theme["ours"], capsize=2)
     axes.axvline(means[names.index("adamw")], color=theme["theirs"], lw=1, zorder=0)
-    axes.set_title(
-        "Loss of a character Transformer, best learning rate, ± s.d. over seeds",
-        loc="left",
-        color=theme["text"],
-    )
+    title = "Final loss of a character Transformer, ± s.d. over seeds"
+    axes.set_title(title, loc="left", color=theme["text"])
     axes.invert_yaxis()
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.spines["bottom"].set_color(theme["theirs"])

@@ -71,7 +71,8 @@ class Entry:
       formula: u in p ← p - η·u, with the parameter p and the learning rate η. g is the gradient,
         m and v average g and g², a hat marks bias correction, and λ is the weight decay.
       purpose: its use, in one line.
-      learning_rate: a first guess, as a multiple of AdamW's learning rate.
+      learning_rate: a first guess, as a multiple of AdamW's learning rate; `benchmarks.family`
+        measures it.
       constructor: the function.
     """
 

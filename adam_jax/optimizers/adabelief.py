@@ -40,7 +40,7 @@ def scale_by_belief(
     year=2020,
     formula="m̂ / (√ŝ + ε), s = ema (g − m)²",
     purpose="long steps where g is predictable",
-    learning_rate="1",
+    learning_rate="0.8",
 )
 def adabelief(
     learning_rate: ScalarOrSchedule,

@@ -37,7 +37,7 @@ def scale_by_adam_atan2(
     year=2024,
     formula="a·atan2(m̂, b·√v̂)",
     purpose="no ε to tune; gradients of any scale",
-    learning_rate="1",
+    learning_rate="0.8",
 )
 def adam_atan2(
     learning_rate: ScalarOrSchedule,

@@ -33,7 +33,7 @@ def scale_by_adam_s(
     year=2025,
     formula="m / (√(β₂·mₜ₋₁² + (1−β₂)·g²) + ε) + λ·p",
     purpose="half the state, with AdamW's settings",
-    learning_rate="1",
+    learning_rate="0.2",
 )
 def adam_s(
     learning_rate: ScalarOrSchedule,

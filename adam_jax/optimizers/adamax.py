@@ -39,7 +39,7 @@ def scale_by_adamax(
     year=2015,
     formula="m̂ / n, n = max(β₂·n, |g| + ε)",
     purpose="bounded steps, rare large gradients",
-    learning_rate="2",
+    learning_rate="3–4",
 )
 def adamax(
     learning_rate: ScalarOrSchedule,
@@ -67,7 +67,7 @@ def adamax(
     year=2015,
     formula="m̂ / n + λ·p, n as in adamax",
     purpose="AdaMax with decoupled weight decay",
-    learning_rate="2",
+    learning_rate="3–4",
 )
 def adamaxw(
     learning_rate: ScalarOrSchedule,

@@ -18,7 +18,7 @@ __all__ = ["adamh"]
     year=2026,
     formula="R·u/‖u‖, then ‖p‖ := R = ‖p₀‖; u = m̂ / (√v̂ + ε)",
     purpose="constant norms in place of weight decay",
-    learning_rate="√(λ/η)",
+    learning_rate="2",
 )
 def adamh(
     learning_rate: ScalarOrSchedule,

@@ -42,7 +42,7 @@ def scale_by_adan(
     year=2022,
     formula="(m̂ + β₂·d̂) / √(n̂ + ε), d = ema Δg",
     purpose="large steps, for twice the state",
-    learning_rate="5–10",
+    learning_rate="2",
 )
 def adan(
     learning_rate: ScalarOrSchedule,

@@ -44,7 +44,7 @@ def scale_by_adopt(
     year=2024,
     formula="m = ema clip(g / max(√vₜ₋₁, ε))",
     purpose="converges with any β₂",
-    learning_rate="1",
+    learning_rate="0.3–1",
 )
 def adopt(
     learning_rate: ScalarOrSchedule,

@@ -45,7 +45,7 @@ def scale_by_amsgrad(
     year=2018,
     formula="m̂ / (√(max v̂) + ε)",
     purpose="converges where Adam may not",
-    learning_rate="1",
+    learning_rate="1–2",
 )
 def amsgrad(
     learning_rate: ScalarOrSchedule,

@@ -19,7 +19,7 @@ __all__ = ["lamb"]
     year=2020,
     formula="‖p‖/‖u‖·u, u = m̂ / (√v̂ + ε) + λ·p",
     purpose="very large batches",
-    learning_rate="1–10",
+    learning_rate="0.8–2",
 )
 def lamb(
     learning_rate: ScalarOrSchedule,

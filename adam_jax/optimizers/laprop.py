@@ -35,7 +35,7 @@ def scale_by_laprop(
     year=2020,
     formula="m̂, m = ema g / (√v̂ + ε)",
     purpose="β₁ and β₂ chosen freely",
-    learning_rate="0.4–1",
+    learning_rate="1",
 )
 def laprop(
     learning_rate: ScalarOrSchedule,

@@ -40,7 +40,7 @@ def scale_by_lion(
     year=2023,
     formula="sign(β₁·m + (1−β₁)·g) + λ·p",
     purpose="half the state; needs 3–10 times the λ",
-    learning_rate="1/10–1/3",
+    learning_rate="0.2–0.3",
 )
 def lion(
     learning_rate: ScalarOrSchedule,

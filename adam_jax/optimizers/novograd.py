@@ -41,7 +41,7 @@ def scale_by_novograd(
     year=2019,
     formula="m = β₁·m + g / (√v + ε) + λ·p, v = ema ‖g‖²",
     purpose="half the state; a step size per leaf",
-    learning_rate="1–10",
+    learning_rate="4–7",
 )
 def novograd(
     learning_rate: ScalarOrSchedule,

@@ -42,7 +42,7 @@ def scale_by_radam(
     year=2020,
     formula="r·m̂ / (√v̂ + ε), m̂ while ρ < 5",
     purpose="training without a warmup",
-    learning_rate="1",
+    learning_rate="1–8",
 )
 def radam(
     learning_rate: ScalarOrSchedule,

@@ -67,7 +67,7 @@ def scale_by_stddev(
     year=2012,
     formula="g / √(v + ε)",
     purpose="half the state; common in RL",
-    learning_rate="1",
+    learning_rate="0.6",
 )
 def rmsprop(
     learning_rate: ScalarOrSchedule,

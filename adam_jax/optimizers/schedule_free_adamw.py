@@ -36,7 +36,7 @@ class _Iterate(NamedTuple):
     year=2024,
     formula="g / (√v̂ + ε) + λ·y moves z; y between z and its mean x",
     purpose="no schedule needed; evaluate at x",
-    learning_rate="1–10",
+    learning_rate="0.9",
 )
 def schedule_free_adamw(
     learning_rate: ScalarOrSchedule = 0.0025,

@@ -38,7 +38,7 @@ def trace(
     year=1964,
     formula="g, or b = β·b + g",
     purpose="no state; with momentum, for CNNs",
-    learning_rate="≈ 100",
+    learning_rate="20–40",
 )
 def sgd(
     learning_rate: ScalarOrSchedule,

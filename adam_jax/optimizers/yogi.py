@@ -36,7 +36,7 @@ def scale_by_yogi(
     year=2018,
     formula="m̂ / (√v̂ + ε), v −= (1−β₂)·sign(v − g²)·g²",
     purpose="sparse gradients; v falls slowly",
-    learning_rate="10",
+    learning_rate="2",
 )
 def yogi(
     learning_rate: ScalarOrSchedule,
