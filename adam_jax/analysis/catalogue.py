@@ -28,7 +28,7 @@ def catalogue() -> tuple[Entry, ...]:
     >>> import adam_jax
     >>> lion = next(entry for entry in adam_jax.catalogue() if entry.name == "lion")
     >>> lion.formula, lion.state, lion.learning_rate
-    ('sign(β₁·m + (1−β₁)·g) + λ·p', ('mu',), '1/10–1/3')
+    ('sign(β₁·m + (1−β₁)·g) + λ·p', ('mu',), '0.2–0.3')
     """
     return tuple(entry for _, entry in sorted(ENTRIES.items()))
 
