@@ -46,7 +46,15 @@ CHAINS = {
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("int8", "masters", "record") else []
+        )
+        for name in CHAINS
+    ],
+)
 def test_only_counts_next_to_moments_restart(name):
     tx = CHAINS[name]()
     state = after(tx)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import adam_jax
 from adam_jax import positive, rule, signed
-from helpers import every_mode, says
+from helpers import auto_slowly, says
 
 
 @rule(mu=signed, number=positive.per_leaf().starting_at("start"), mean_square=positive.per_leaf())
@@ -38,7 +38,7 @@ def check_numbers(tx, params, grads):
     return state
 
 
-@pytest.mark.parametrize("storage", [None, "int8"])
+@pytest.mark.parametrize("storage", [pytest.param(None, marks=pytest.mark.slow), "int8"])
 @pytest.mark.parametrize("implementation", ["xla", "stream", "pallas"])
 def test_a_number_is_exact_in_every_backend(implementation, storage):
     rng = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def test_a_number_is_exact_in_every_backend(implementation, storage):
 
 
 @pytest.mark.eight_devices
-@every_mode
+@auto_slowly
 @pytest.mark.parametrize("storage", [None, lambda path, leaf: "int8"])
 def test_a_number_is_exact_on_sharded_leaves(axis_type, storage):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))

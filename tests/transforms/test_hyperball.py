@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import adam_jax
 import reference
 from adam_jax import not_matching
-from helpers import every_mode, says, step_of
+from helpers import auto_slowly, says, step_of
 
 SHAPES = {"kernel": (8, 5), "stack": (3, 4, 5), "bias": (5,), "scale": ()}
 
@@ -148,7 +148,11 @@ def int8(path, leaf):
 
 
 @pytest.mark.parametrize(
-    "implementation, storage", [("auto", None), ("stream", int8), ("pallas", int8)]
+    "implementation, storage",
+    [
+        ("auto", None),
+        *(pytest.param(name, int8, marks=pytest.mark.slow) for name in ("stream", "pallas")),
+    ],
 )
 def test_each_entry_of_a_stack_keeps_its_own_norm(implementation, storage):
     params = {"w": normal({"w": (3, 16, 128)})["w"] * jnp.array([1, 10, 0.1])[:, None, None]}
@@ -179,7 +183,7 @@ def test_two_batch_axes_and_a_batch_of_one():
 
 
 @pytest.mark.eight_devices
-@every_mode
+@auto_slowly
 @pytest.mark.parametrize(
     "storage, batch_axes",
     [
