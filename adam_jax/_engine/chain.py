@@ -12,7 +12,7 @@ import functools
 import itertools
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeGuard
 
 import jax
@@ -40,7 +40,7 @@ from adam_jax._engine.state import State, count_fields, state_class
 from adam_jax._engine.transformation import Transformation, transformation_of
 from adam_jax._util import errors
 from adam_jax._util.declare import Moment, Option, Rule
-from adam_jax._util.numerics import arithmetic_dtype
+from adam_jax._util.numerics import arithmetic_dtype, real_dtype
 from adam_jax._util.partition_specs import known_shardings
 from adam_jax._util.paths import Key, is_box, keys, map_with_path, rebox, unbox
 from adam_jax._util.typing import KeyPath, Mask, PyTree, ScalarOrSchedule
@@ -78,7 +78,7 @@ class Link:
         }
         counts = {name: jnp.zeros([], jnp.int32) for name in self.counts}
         leaves = jax.tree.leaves(params) if self.rule.scalars else ()
-        dtype = _real_dtype(map(jnp.result_type, leaves))
+        dtype = real_dtype(*map(jnp.result_type, leaves))
         scalars = {name: jnp.array(self.starts[name], dtype) for name in self.rule.scalars}
         state = self.state(**counts, **moments, **scalars)
         return state if self.mask is None else optax.MaskedState(state)
@@ -348,7 +348,7 @@ class Chain:
         used = [moments for moments, stage in zip(stored, stages, strict=True) if stage]
         totals = [len(stage[0].totals) if stage else 0 for stage in stages]
         if any(totals):
-            zero = jnp.zeros((1,) * np.ndim(u), _real_dtype(_moments.dtypes((u, p, stored))))
+            zero = jnp.zeros((1,) * np.ndim(u), real_dtype(*_moments.dtypes((u, p, stored))))
             used.append((TotalLeaf(zero),) * sum(totals))
         sharding = known_shardings.get().get(key)
         execute_leaf = BACKENDS[self.implementation]
@@ -384,11 +384,6 @@ def _next_scalars(
     new = rule.next_scalars({**step.cast(dtype), **named})
     errors.scalars(rule, new)
     return {name: jnp.asarray(new[name], getattr(state, name).dtype) for name in rule.scalars}
-
-
-def _real_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """Return the dtype of sums over arrays of these dtypes."""
-    return jnp.finfo(arithmetic_dtype(*dtypes)).dtype
 
 
 def _dtype_of_scalars(link: Link, state: State) -> np.dtype:

@@ -18,7 +18,7 @@ from adam_jax._engine import split_params
 from adam_jax._engine.split_params import SplitParam
 from adam_jax._util import errors
 from adam_jax._util.declare import Option, Rule
-from adam_jax._util.numerics import arithmetic_dtype
+from adam_jax._util.numerics import arithmetic_dtype, real_dtype
 from adam_jax._util.typing import PyTree
 from adam_jax.storage import _moments
 from adam_jax.storage._blockwise import QuantizedLeaf
@@ -101,7 +101,7 @@ def _batch_axes(stages: Stages, moments: Moments) -> tuple[int, ...]:
 def _with_numbers(stages: Stages, operands: Operands) -> Moments:
     """Return the moments and totals of a leaf, numbers per leaf as a `NumberLeaf`."""
     ndim = np.ndim(operands.update)
-    dtype = jnp.finfo(arithmetic_dtype(*_moments.dtypes(operands[:4]))).dtype
+    dtype = real_dtype(*_moments.dtypes(operands[:4]))
     rules = [stage[0] for stage in stages if stage is not None]
     moments = [
         tuple(

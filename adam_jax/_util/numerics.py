@@ -22,6 +22,11 @@ def arithmetic_dtype(*dtypes: jax.typing.DTypeLike) -> np.dtype:
         return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
+def real_dtype(*dtypes: jax.typing.DTypeLike) -> np.dtype:
+    """Return the real dtype to compute in, such as the dtype of sums of squares."""
+    return jnp.finfo(arithmetic_dtype(*dtypes)).dtype
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decay:
@@ -208,6 +213,6 @@ def momentum_product(b: Decay | Numeric, momentum_decay: Numeric, t: Numeric) ->
 
 def sum_of_squares(tree: PyTree) -> jax.Array:
     """Return the sum of |x|² over all arrays of a tree, in at least float32."""
-    dtype = jnp.finfo(arithmetic_dtype(*(x.dtype for x in jax.tree.leaves(tree)))).dtype
+    dtype = real_dtype(*(x.dtype for x in jax.tree.leaves(tree)))
     squares = [jnp.sum(abs_sq(x.astype(arithmetic_dtype(x.dtype)))) for x in jax.tree.leaves(tree)]
     return sum((x.astype(dtype) for x in squares), jnp.zeros([], dtype))

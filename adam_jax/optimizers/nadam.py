@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, Unpack, get_args
+from typing import Any, Literal, TypeAlias, Unpack, get_args
 
 from adam_jax import rules
 from adam_jax._engine.chain import Chain, Link, link
@@ -18,6 +18,7 @@ from adam_jax.optimizers._constructor import (
     optimizer,
 )
 from adam_jax.optimizers.adam import scale_by_adam
+from adam_jax.storage import Storage
 from adam_jax.storage._policy import with_dtype
 
 __all__ = ["nadam", "nadamw", "scale_by_nadam"]
@@ -90,20 +91,12 @@ def nadam(
     nadam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, \
 momentum_decay=0.004)
     """
-    storage = options.get("storage")
-    along = (
-        link_of(scale_by_nadam)(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            mu_dtype,
-            momentum_decay=momentum_decay,
-            correction=correction,
-            storage=storage,
-        )
-        if nesterov
-        else link_of(scale_by_adam)(b1, b2, eps, eps_root, mu_dtype, storage=storage)
+    along = _along(
+        nesterov,
+        (b1, b2, eps, eps_root, mu_dtype),
+        momentum_decay=momentum_decay,
+        correction=correction,
+        storage=options.get("storage"),
     )
     return descend(along, learning_rate, **options)
 
@@ -144,19 +137,27 @@ def nadamw(
 
     >>> tx = nadamw(1e-3, weight_decay=0.05)
     """
-    storage = options.get("storage")
-    along = (
-        link_of(scale_by_nadam)(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            mu_dtype,
-            momentum_decay=momentum_decay,
-            correction=correction,
-            storage=storage,
-        )
-        if nesterov
-        else link_of(scale_by_adam)(b1, b2, eps, eps_root, mu_dtype, storage=storage)
+    along = _along(
+        nesterov,
+        (b1, b2, eps, eps_root, mu_dtype),
+        momentum_decay=momentum_decay,
+        correction=correction,
+        storage=options.get("storage"),
     )
     return descend(along, learning_rate, weight_decay=weight_decay, mask=mask, **options)
+
+
+def _along(
+    nesterov: bool,
+    arguments: tuple[Any, ...],
+    *,
+    momentum_decay: NonNegative | None,
+    correction: Correction,
+    storage: Storage,
+) -> Link:
+    """Return the direction of NAdam, or without Nesterov momentum of Adam."""
+    if not nesterov:
+        return link_of(scale_by_adam)(*arguments, storage=storage)
+    return link_of(scale_by_nadam)(
+        *arguments, momentum_decay=momentum_decay, correction=correction, storage=storage
+    )

@@ -15,7 +15,7 @@ from adam_jax._engine.chain import Chain, link
 from adam_jax._engine.state import RmsCounted, named_tuples
 from adam_jax._engine.transformation import Transformation, transformation_of
 from adam_jax._util import errors
-from adam_jax._util.numerics import arithmetic_dtype
+from adam_jax._util.numerics import arithmetic_dtype, real_dtype
 from adam_jax._util.typing import DecayRate, DType, NonNegative, Numeric, PyTree, ScalarOrSchedule
 from adam_jax.optimizers._constructor import Options, optimizer
 from adam_jax.storage._moments import is_in_trees
@@ -112,7 +112,7 @@ def schedule_free_adamw(
         without_leaves = is_in_trees(iterate.z)  # z is in trees only without leaves
         z = iterate.z[0] if without_leaves else iterate.z
         z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), z, params)
-        dtype = arithmetic_dtype(*(x.dtype for x in jax.tree.leaves(z))).type(0).real.dtype
+        dtype = real_dtype(*(x.dtype for x in jax.tree.leaves(z)))
         return optax.contrib.ScheduleFreeState(
             b1=jnp.asarray(b1, dtype),
             weight_sum=jnp.zeros([], dtype),
