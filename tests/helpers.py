@@ -76,6 +76,11 @@ BY_DEFAULT = ("adam", "stable_adamw")
 """Typical rules for which these tests run by default; for the other rules they are slow."""
 
 
+def slowly(*values):
+    """Leave this case of a parametrized test to the slow set."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def slow_unless_by_default(name, *values, **details):
     marks = () if name in BY_DEFAULT else pytest.mark.slow
     return pytest.param(name, *values, marks=marks, **details)

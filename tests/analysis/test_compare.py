@@ -16,7 +16,7 @@ import adam_jax
 from adam_jax.analysis.compare import Comparison
 from adam_jax.cli import tasks
 from adam_jax.cli.main import main
-from helpers import says
+from helpers import says, slowly
 
 STEPS = 43  # no multiple of the chunks
 RATES = (0.01, 0.1, 0.3)
@@ -72,7 +72,7 @@ def plain(tx, seed, data):
 
 @pytest.mark.parametrize(
     "name, make",
-    [pytest.param("adamw", adam_jax.adamw, marks=pytest.mark.slow), ("sgd", None)],
+    [slowly("adamw", adam_jax.adamw), ("sgd", None)],
 )
 def test_compare_equals_a_plain_training_loop(name, make):
     make = make or functools.partial(adam_jax.sgd, momentum=0.9)
@@ -85,13 +85,15 @@ def test_compare_equals_a_plain_training_loop(name, make):
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(optax.adamw, marks=pytest.mark.slow),
+        slowly(optax.adamw),
         adam_jax.schedule_free_adamw,
-        pytest.param(functools.partial(adam_jax.adamw, storage="bfloat16"), marks=pytest.mark.slow),
-        pytest.param(functools.partial(adam_jax.ademamix, warmup_steps=20), marks=pytest.mark.slow),
-        lambda lr: optax.chain(optax.clip_by_global_norm(1.0), adam_jax.lion(lr)),
+        slowly(functools.partial(adam_jax.adamw, storage="bfloat16")),
+        slowly(functools.partial(adam_jax.ademamix, warmup_steps=20)),
+        slowly(lambda lr: optax.chain(optax.clip_by_global_norm(1.0), adam_jax.lion(lr))),
         lambda lr: adam_jax.adamw(lambda step: lr * optax.linear_schedule(1.0, 0.0, STEPS)(step)),
-        lambda lr: optax.chain(optax.polyak_sgd(), optax.scale(lr)),  # takes the loss
+        slowly(  # takes the loss
+            lambda lr: optax.chain(optax.polyak_sgd(), optax.scale(lr))
+        ),
     ],
 )
 def test_compare_takes_every_kind_of_constructor(make):
@@ -169,8 +171,8 @@ def test_divergence_is_found_in_a_real_run():
     "result",
     [
         made([[0.5, 0.7], [0.2, 0.4], [3.0, np.nan]]),
-        pytest.param(made([[0.5], [0.2], [1e20]]), marks=pytest.mark.slow),
-        pytest.param(made([[-0.5, 1.0], [-3.0, -2.0], [1.0, 1.0]]), marks=pytest.mark.slow),
+        slowly(made([[0.5], [0.2], [1e20]])),
+        slowly(made([[-0.5, 1.0], [-3.0, -2.0], [1.0, 1.0]])),
         made([[0.0]], rates=(1.0,)),
     ],
     ids=["diverged", "one seed", "negative", "one rate"],

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import adam_jax
 import helpers
 from adam_jax import diagnostics
-from helpers import Without, explicit_slowly, says
+from helpers import Without, every_mode, says
 
 standard = pytest.mark.standard_promotion
 GROUPS = {"all": "", "kernels": "kernel"}
@@ -154,6 +154,7 @@ def test_record_works_with_scan_donation_checkpoints_and_odd_leaves(tmp_path):
     assert diagnostics.read(state._replace(**restored)).keys() == values.keys()
 
 
+@pytest.mark.slow
 def test_record_works_in_nnx():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     tx = diagnostics.record(adam_jax.adamw(0.25), {"weights": "^kernel$"})
@@ -170,8 +171,9 @@ def test_record_works_in_nnx():
     np.testing.assert_array_equal(np.nonzero(values["signal_to_noise/weights"])[0], [20])
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-@explicit_slowly
+@every_mode
 def test_sharded_values_are_the_same_and_no_leaf_is_gathered(axis_type):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     place = NamedSharding(mesh, P("model"))

@@ -26,6 +26,7 @@ from helpers import (
     needs_triton,
     normal,
     other_rules_slowly,
+    slowly,
     typical_rules,
 )
 
@@ -124,9 +125,7 @@ def test_a_number_per_leaf_lowers_to_a_kernel_for_any_axes(platform):
     assert program.count(CALL[platform]) == 2  # a bias takes none
 
 
-@pytest.mark.parametrize(
-    "shape", [(4096, 1024), pytest.param((1335, 50257), marks=pytest.mark.slow), (3, 3, 64, 64)]
-)
+@pytest.mark.parametrize("shape", [(4096, 1024), slowly((1335, 50257)), (3, 3, 64, 64)])
 @every_platform
 def test_a_kernel_copies_nothing_as_large_as_the_leaf(shape, platform):
     """Only the kernel uses arrays of that size, and it writes over its operands."""
@@ -185,6 +184,7 @@ def test_leaves_that_kernels_do_not_support_equal_xla():
         chex.assert_trees_all_close(ours, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_kernel_equals_xla_for_bfloat16_and_float16():
     x = leaves()
     params = {"int8": {"float16": x["int8"].astype(jnp.float16)}}
@@ -349,7 +349,7 @@ def test_kernels_step_a_sharded_leaf_shard_by_shard(shape, spec, kind):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("storage", ["int8", "compact"])
+@pytest.mark.parametrize("storage", [slowly("int8"), "compact"])
 def test_shards_that_cut_blocks_equal_one_device_on_an_accelerator(storage, kind, monkeypatch):
     """There the step of such a shard runs in XLA, twice, with scales computed across devices."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import adam_jax
-from helpers import MB, TYPICAL, largest_sent, normal, optimizer, other_rules_slowly
+from helpers import MB, TYPICAL, largest_sent, normal, optimizer, other_rules_slowly, slowly
 
 # whole tiles; some rows left over; rows that cut blocks; one axis; three axes
 SHAPES = [(320, 1024), (301, 1024), (500, 700), (2**18 + 256,), (6, 60, 1024)]
@@ -31,9 +31,9 @@ def temporaries(tx, shape, donate=(0, 1)):
 @pytest.mark.parametrize(
     "shape, donate",
     [
-        pytest.param((65536, 1024), (), marks=pytest.mark.slow),
+        slowly((65536, 1024), ()),
         *((shape, (0, 1)) for shape in ((65536, 1024), (2**26 + 3,), (1335, 50257))),
-        pytest.param((2**26,), (0, 1), marks=pytest.mark.slow),
+        slowly((2**26,), (0, 1)),
     ],
 )
 def test_temporaries_do_not_grow_with_the_leaf(shape, donate):
@@ -45,7 +45,7 @@ def test_int8_state_is_streamed_in_place(name):
     assert temporaries(optimizer(name, storage="int8"), (16384, 1024)) <= 8 * MB
 
 
-@pytest.mark.parametrize("moment", [pytest.param("m", marks=pytest.mark.slow), "n"])
+@pytest.mark.parametrize("moment", [slowly("m"), "n"])
 def test_int8_and_float32_moments_are_streamed_side_by_side(moment):
     tx = adam_jax.adan(1e-3, storage={moment: "int8"})
     assert temporaries(tx, (16384, 1024)) <= 8 * MB
@@ -124,6 +124,7 @@ def test_streamed_mars_clips_by_the_norm_of_the_whole_leaf():
     chex.assert_trees_all_close(stream[1].mu, xla[1].mu, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_streaming_under_vmap_equals_single_runs():
     members = normal((2, 301, 1024))
     rates = jnp.array([1e-3, 2e-3])
@@ -188,6 +189,7 @@ def test_a_sharded_leaf_is_streamed_shard_by_shard(shape, spec, kind):
     assert got[1][0].mu.codes.sharding.is_equivalent_to(p.sharding, p.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_the_mean_of_a_sharded_leaf_is_over_the_whole_leaf():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

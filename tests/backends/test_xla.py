@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import adam_jax
-from helpers import QUICKLY, normal, optimizer, step_of
+from helpers import QUICKLY, normal, optimizer, slowly, step_of
 
 SHAPE = (509, 1031)
 LIKE_ADAM = ["adam", "ademamix", "lion"]
@@ -27,7 +27,7 @@ WAYS = [applied, step_of]  # by update and optax.apply_updates
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "dtypes",
-    [pytest.param(("float32", "float32"), marks=pytest.mark.slow), ("float32", "bfloat16")],
+    [slowly(("float32", "float32")), ("float32", "bfloat16")],
 )
 @pytest.mark.parametrize("name", LIKE_ADAM)
 def test_bfloat16_state_is_written_in_place(name, dtypes, way):
@@ -62,7 +62,8 @@ def test_a_nan_or_inf_stays_in_its_element(way):
 TPU = AbstractMesh((), (), abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
 
 
-@pytest.mark.parametrize("storage", ["int8", pytest.param("compact", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["int8", "compact"])
 def test_a_program_for_tpu_computes_what_others_compute(storage):
     """It reads leaves as a TPU's memory has them, if their rows and columns fill its tiles."""
     shapes = {"tiles": (32, 384), "many axes": (2, 3, 16, 256), "rows": (36, 256), "row": (64, 100)}

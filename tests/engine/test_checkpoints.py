@@ -16,7 +16,7 @@ import pytest
 
 import adam_jax
 from adam_jax import positive, rule, signed
-from helpers import RULES, TYPICAL, optimizer, slow_unless_by_default, tree
+from helpers import RULES, TYPICAL, optimizer, slow_unless_by_default, slowly, tree
 
 STEPS = 5
 
@@ -111,9 +111,7 @@ def test_init_makes_the_state_of_optax(call, dtype):
 
 @pytest.mark.standard_promotion  # Optax needs it
 @pytest.mark.parametrize("direction", ["from Optax", "to Optax"])
-@pytest.mark.parametrize(
-    "call", [pytest.param(CALLS[2], marks=pytest.mark.slow), CALLS[4]], ids=spelled
-)
+@pytest.mark.parametrize("call", [slowly(CALLS[2]), CALLS[4]], ids=spelled)
 def test_a_checkpoint_moves_between_optax_and_adam_jax(tmp_path, call, direction):
     """A run that changes libraries halfway equals the run that doesn't."""
     name, args, kwargs = call

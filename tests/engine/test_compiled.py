@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import adam_jax
-from helpers import QUICKLY, optimizer, step_of, tree
+from helpers import QUICKLY, optimizer, slowly, step_of, tree
 
 
 def counting_rule():
@@ -61,10 +61,7 @@ def compiled(make, donate=()):
     [
         ("adamw", ()),
         *((n, (0, 1)) for n in ("adamw", "amsgrad", "radam")),
-        *(
-            pytest.param(n, (0, 1), marks=pytest.mark.slow)
-            for n in ("adam", "nadam", "adamax", "sgd")
-        ),
+        *(slowly(n, (0, 1)) for n in ("adam", "nadam", "adamax", "sgd")),
     ],
 )
 def test_a_float32_step_needs_no_more_temporaries_than_optax(name, donate):
@@ -99,7 +96,7 @@ def test_the_whole_state_is_donated():
 
 @pytest.mark.parametrize(
     "jit",
-    [pytest.param(lambda f: f, marks=pytest.mark.slow), jax.jit],
+    [slowly(lambda f: f), jax.jit],
     ids=["eager init", "jitted init"],
 )
 def test_state_and_parameters_can_be_donated(jit):

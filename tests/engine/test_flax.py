@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import adam_jax
-from helpers import QUICKLY, RULES, explicit_slowly, normal, optimizer, tree, typical_rules
+from helpers import QUICKLY, RULES, every_mode, normal, optimizer, slowly, tree, typical_rules
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
 Y = jnp.asarray(np.random.default_rng(1).normal(size=(16, 4)), jnp.float32)
@@ -83,9 +83,7 @@ def paths(tree):
 
 
 @pytest.mark.standard_promotion  # Optax's schedules need it
-@pytest.mark.parametrize(
-    "jit", [lambda f: f, pytest.param(nnx.jit, marks=pytest.mark.slow)], ids=["eager", "jit"]
-)
+@pytest.mark.parametrize("jit", [lambda f: f, slowly(nnx.jit)], ids=["eager", "jit"])
 def test_nnx_optimizer_trains_as_with_optax(jit):
     schedule = optax.warmup_cosine_decay_schedule(0.01, 0.1, warmup_steps=2, decay_steps=STEPS)
     mask = adam_jax.not_matching("bias")
@@ -152,6 +150,7 @@ def test_a_mask_keeps_weight_decay_off_nnx_leaves(mask, decayed):
     np.testing.assert_allclose(kernel[1], 0.95 * kernel[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_nnx_rounds_bfloat16_as_a_plain_dict_does():
     """Random bits depend on a leaf's path, which is the same in NNX and in a dict."""
     tx = adam_jax.adamw(0.1, weight_decay=0.1)
@@ -175,8 +174,9 @@ def wrapped(model, grads):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-@explicit_slowly
+@every_mode
 def test_nnx_trains_with_sharded_parameters(axis_type):
     tx = adam_jax.adamw(0.1, weight_decay=0.1)
     alone, opt = create(tx)
@@ -223,9 +223,7 @@ def linen_run(module, tx):
 
 
 @pytest.mark.standard_promotion  # Optax needs it
-@pytest.mark.parametrize(
-    "boxed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "Partitioned"]
-)
+@pytest.mark.parametrize("boxed", [slowly(False), True], ids=["plain", "Partitioned"])
 def test_linen_train_state_trains_as_with_optax(boxed):
     mask = adam_jax.not_matching("^Dense_[01]/bias$")
     mine = linen_run(Linen(boxed), adam_jax.adamw(0.1, weight_decay=0.5, weight_decay_mask=mask))
@@ -289,7 +287,7 @@ SIMPLER += [("optax", False), ("optax", True), ("groups", False), ("both", True)
     "name, unboxed",
     [
         ("both", False),
-        *(pytest.param(name, unboxed, marks=pytest.mark.slow) for name, unboxed in SIMPLER),
+        *(slowly(name, unboxed) for name, unboxed in SIMPLER),
     ],
 )
 def test_partition_metadata_shards_parameters_and_state(name, unboxed):

@@ -236,6 +236,7 @@ def test_schedule_free_equals_its_reference(warmup_steps):
     np.testing.assert_allclose(evaluated, expected.x, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_schedule_free_keeps_the_digits_of_small_updates():
     """Updates of 1e-3 for parameters of 1 are off by at most two ulps of a parameter."""
     rng = np.random.default_rng(0)

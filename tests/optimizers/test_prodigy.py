@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import adam_jax
 import reference
 from adam_jax import prodigy
-from helpers import says, step_of
+from helpers import says, slowly, step_of
 
 STEPS = 40
 START = {"kernel": (8, 4), "bias": (8,)}
@@ -126,7 +126,8 @@ def test_accumulated_gradients_count_once():
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize(
-    ("axis_type", "storage"), [(AxisType.Explicit, None), (AxisType.Auto, "int8")]
+    ("axis_type", "storage"),
+    [(AxisType.Explicit, None), slowly(AxisType.Auto, "int8")],
 )
 def test_the_estimate_sums_over_all_devices(axis_type, storage):
     shapes = {"kernel": (64, 512), "bias": (8,)}
@@ -142,6 +143,7 @@ def test_the_estimate_sums_over_all_devices(axis_type, storage):
     np.testing.assert_allclose(flat(out), flat(expected_params), atol=2e-3 if storage else 1e-5)
 
 
+@pytest.mark.slow
 def test_low_memory_state_gives_a_similar_estimate():
     """The initial parameters stay exact in every storage; compact approximates Adam's direction."""
     params = parameters(shapes={"kernel": (64, 128)})
@@ -172,7 +174,8 @@ def is_prodigy(x):
     return isinstance(x, optax.contrib.ProdigyState)
 
 
-@pytest.mark.parametrize("two_pass", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("two_pass", [False, True])
 def test_all_layers_share_the_estimate_under_gradient_release(two_pass):
     shapes = {"in": (3, 4), "w": (5, 4, 4), "x": (6, 3)}
     model = {

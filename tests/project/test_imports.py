@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 STEPS = """if True:
     import sys
     import jax, jax.numpy as jnp, adam_jax
@@ -22,6 +24,7 @@ def below(modules, *packages):
     return [m for m in modules if any(f"{m}.".startswith(f"{package}.") for package in packages)]
 
 
+@pytest.mark.slow
 def test_only_a_step_with_a_kernel_imports_pallas_and_none_on_cpu_imports_triton():
     """Run in a process of its own, with warnings as errors."""
     done = subprocess.run(

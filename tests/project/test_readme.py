@@ -31,9 +31,9 @@ def test_the_first_snippet_of_the_readme_trains():
     assert jnp.mean(error**2) < 0.1
 
 
-SLOW = {"docs/gradient_release.md"}
+BY_DEFAULT = ("docs/getting_started.md", "docs/low_memory.md", "docs/your_own_variant.md")
 WITH_SNIPPETS = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+    pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow)
     for path in sorted((ROOT / "docs").rglob("*.md"))
     if "```python\n" in path.read_text("utf-8")
     and (name := path.relative_to(ROOT).as_posix()) != "docs/devices.md"
@@ -52,6 +52,7 @@ def test_every_block_of_a_page_is_python_or_for_a_shell():
         assert {*fences[1::2]} <= {""}, path
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 @pytest.mark.standard_promotion
 def test_the_snippets_about_devices_run():

@@ -19,13 +19,14 @@ import adam_jax
 from adam_jax.storage import Code, Factored, Quantized
 from helpers import (
     RULES,
-    every_rule_with,
     gpt2_small,
     nbytes,
     normal,
     optimizer,
+    other_rules_slowly,
     says,
     shaped,
+    slowly,
     stored,
     typical_rules,
 )
@@ -119,6 +120,7 @@ def test_int8_keeps_zeros_and_a_nan_spoils_only_its_block():
         assert np.isfinite(got).sum() == 600 - 128
 
 
+@pytest.mark.slow
 def test_int8_rounding_has_no_bias():
     x = np.linspace(0, 1, 128, dtype=np.float32)
     moments = stored(np.broadcast_to(x, (20_000, 128)), int8)
@@ -131,6 +133,7 @@ def test_int8_rounding_has_no_bias():
 # Many steps
 
 
+@pytest.mark.slow
 def test_int8_takes_no_large_step_and_moves_parameters_as_float32_does():
     """Let magnitudes within a block vary by e^(s·N), for a large and a small s."""
     sizes, seed = (jax.random.key(i) for i in range(2))
@@ -182,7 +185,8 @@ def test_low_precision_nu_follows_gradients_that_fall_in_half_of_each_block(
     np.testing.assert_allclose(nu(storage), nu("float32"), rtol=within)
 
 
-@every_rule_with("format", "int8", thorough="compact")
+@other_rules_slowly(RULES)
+@pytest.mark.parametrize("format", ["int8", "compact"])
 def test_every_rule_works_in_int8_and_compact(name, format):
     """Compare a quantized or factored leaf with an equal one in float32, under scan."""
     x = normal((32, 256))
@@ -379,7 +383,7 @@ def test_convert_state_names_what_does_not_fit():
 
 
 NAMES = [e.name for e in adam_jax.catalogue() if e.name not in ("sgd", "adan")]
-BY_DEFAULT = ("adamw", "amsgrad", "lion", "rmsprop")
+BY_DEFAULT = ("adamw", "lion", "rmsprop")
 """Optimizers whose states have different moments; for the other ones the test is slow."""
 THEIRS = [n for n in NAMES if hasattr(optax, n) or hasattr(optax.contrib, n)]
 
@@ -388,7 +392,7 @@ THEIRS = [n for n in NAMES if hasattr(optax, n) or hasattr(optax.contrib, n)]
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)
+        name if name in BY_DEFAULT else slowly(name)
         for name in THEIRS
         if name != "schedule_free_adamw"
     ],

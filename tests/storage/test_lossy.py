@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import adam_jax
-from helpers import RULES, optimizer, says
+from helpers import RULES, optimizer, says, slowly
 
 SHAPE = (32, 256)
 KEY = jax.random.key(0)
@@ -59,7 +59,8 @@ def test_int8_takes_no_step_much_larger_than_float32(name):
     assert np.all(largest("int8") <= 5 * largest("float32"))
 
 
-@pytest.mark.parametrize("bias_correction", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bias_correction", [False, True])
 def test_centered_rmsprop_in_low_precision_takes_no_large_step(bias_correction):
     """The difference of two rounded moments, which it divides by, would make one."""
     scale = jnp.exp(noise(10_000))
@@ -97,7 +98,7 @@ def test_centered_rmsprop_converts_between_storages():
     assert int(adam_jax.step_count(back)) == 1
 
 
-@pytest.mark.parametrize("storage", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize("storage", [slowly("bfloat16"), "int8"])
 @pytest.mark.parametrize("name", ["adam", "amsgrad", "adamax", "adabelief", "rms", "yogi"])
 def test_a_large_finite_gradient_makes_nothing_nan(name, storage):
     """The square of the gradient overflows; in float32 only that element's nu is Inf."""

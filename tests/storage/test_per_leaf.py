@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import adam_jax
 from adam_jax import positive, rule, signed
-from helpers import auto_slowly, says
+from helpers import auto_slowly, says, slowly
 
 
 @rule(mu=signed, number=positive.per_leaf().starting_at("start"), mean_square=positive.per_leaf())
@@ -38,8 +38,8 @@ def check_numbers(tx, params, grads):
     return state
 
 
-@pytest.mark.parametrize("storage", [pytest.param(None, marks=pytest.mark.slow), "int8"])
-@pytest.mark.parametrize("implementation", ["xla", "stream", "pallas"])
+@pytest.mark.parametrize("storage", [slowly(None), "int8"])
+@pytest.mark.parametrize("implementation", ["xla", "stream", slowly("pallas")])
 def test_a_number_is_exact_in_every_backend(implementation, storage):
     rng = np.random.default_rng(0)
     shapes = {"tiles": (515, 300), "vector": (5000,), "stack": (3, 40, 300), "scalar": ()}
@@ -52,7 +52,7 @@ def test_a_number_is_exact_in_every_backend(implementation, storage):
 
 @pytest.mark.eight_devices
 @auto_slowly
-@pytest.mark.parametrize("storage", [None, lambda path, leaf: "int8"])
+@pytest.mark.parametrize("storage", [None, slowly(lambda path, leaf: "int8")])
 def test_a_number_is_exact_on_sharded_leaves(axis_type, storage):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     specs = {"rows": P("data", None), "columns": P(None, "data"), "replicated": P(None, None)}

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import adam_jax
 from adam_jax import storage
-from helpers import normal
+from helpers import normal, slowly
 
 SHAPE = (48, 160)
 MEAN = {"nu": storage.mean(-1)}
@@ -58,7 +58,7 @@ def signs(t, rows=True, columns=True):
 
 @pytest.mark.parametrize(
     "dtype, rtol",
-    [("float64", 1e-12), pytest.param("float32", 4e-6, marks=pytest.mark.slow)],
+    [("float64", 1e-12), slowly("float32", 4e-6)],
 )
 def test_rows_and_columns_are_the_averages_of_adafactor(dtype, rtol):
     """In float32, nu itself is off by 2e-6 after 200 steps, because b2 is rounded."""
@@ -322,16 +322,16 @@ def test_a_step_in_place_needs_little_memory(shape):
     "given",
     [
         "compact",
-        pytest.param("factored", marks=pytest.mark.slow),
+        slowly("factored"),
         MEAN,
-        pytest.param({"nu": storage.mean((-2, -1))}, marks=pytest.mark.slow),
+        slowly({"nu": storage.mean((-2, -1))}),
     ],
 )
 @pytest.mark.parametrize(
     "shape",
     [
         (70, 300),
-        *(pytest.param(s, marks=pytest.mark.slow) for s in ((3, 40, 130), (2, 2**17 + 256))),
+        *(slowly(s) for s in ((3, 40, 130), (2, 2**17 + 256))),
     ],
 )
 def test_backends_agree(given, shape):
@@ -350,14 +350,10 @@ def test_backends_agree(given, shape):
                 np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6 * float(jnp.max(jnp.abs(x))))
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-@pytest.mark.parametrize(
-    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-    "spec",
-    [P("x", "y"), *(pytest.param(s, marks=pytest.mark.slow) for s in (P(None, "x"), P("y")))],
-)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("x", "y"), P(None, "x"), P("y")])
 def test_a_sharded_step_is_the_step_on_one_device(kind, spec):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     shapes = {"kernel": (64, 1024), "stack": (3, 64, 256)}

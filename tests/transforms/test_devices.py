@@ -14,7 +14,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import adam_jax
-from helpers import QUICKLY, RULES, auto_slowly, every_mode, optimizer, step_of, typical_rules
+from helpers import (
+    QUICKLY,
+    RULES,
+    auto_slowly,
+    every_mode,
+    optimizer,
+    slowly,
+    step_of,
+    typical_rules,
+)
 
 pytestmark = pytest.mark.eight_devices
 
@@ -98,6 +107,7 @@ def test_every_sharding_equals_the_run_on_one_device(name):
     assert collectives == (set() if "mean" not in RULES[name].inputs else {"all-reduce"})
 
 
+@pytest.mark.slow
 @auto_slowly
 def test_every_sharding_gives_the_same_bits(axis_type):
     mesh = make_mesh(axis_type)
@@ -134,7 +144,7 @@ def test_the_state_is_sharded_like_the_parameters(name, axis_type):
             assert "16@data,32@model" in str(after[0]["bfloat16"]["both"])
 
 
-@pytest.mark.parametrize("way", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["shard_map", slowly("pmap")])
 def test_shard_map_and_pmap_equal_jit(way):
     """Average the gradients over devices, with replicated parameters and state."""
     tx = adam_jax.chain(adam_jax.clip_by_global_norm(1.0), make("adam"))

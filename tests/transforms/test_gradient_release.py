@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import adam_jax
 import layered
 from adam_jax import diagnostics
-from helpers import QUICKLY, explicit_slowly, leaves_of, nbytes, normal, says, sent
+from helpers import QUICKLY, every_mode, leaves_of, nbytes, normal, says, sent, slowly
 from layered import MODEL, Plain, difference, trained
 
 pytestmark = pytest.mark.standard_promotion  # Optax's schedules
@@ -206,6 +206,7 @@ def test_each_layer_has_its_own_random_bits():
     assert all(np.mean(w[i] != w[j]) > 0.3 for i, j in ((0, 1), (1, 2), (0, 2)))
 
 
+@pytest.mark.slow
 def test_masters_keep_steps_that_bfloat16_parameters_would_lose():
     params, xs = mlp(jnp.bfloat16), inputs(3, dtype=jnp.bfloat16)
     start, exact = jax.tree.map(lambda x: x.astype(jnp.float32), (params, xs))
@@ -219,6 +220,7 @@ def test_masters_keep_steps_that_bfloat16_parameters_would_lose():
 # Around and inside the optimizer
 
 
+@pytest.mark.slow
 def test_groups_find_layers_and_outer_parameters_by_path():
     tx = adam_jax.groups(
         adam_jax.adamw,
@@ -307,7 +309,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
         chex.assert_trees_all_close(new, usual, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("microbatches", [slowly(1), 2])
 def test_auxiliary_losses_and_results(microbatches):
     def with_penalty(p, h):
         h = layer(p, h)
@@ -446,9 +448,10 @@ def test_results_of_another_form_raise(model, parts):
 # Devices
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("storage", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
-@explicit_slowly
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@every_mode
 def test_sharded_layers_step_as_on_one_device(axis_type, storage):
     """Check FSDP, and that devices gather nothing but single layers' parameters."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import adam_jax
 import reference
 from adam_jax import not_matching
-from helpers import auto_slowly, says, step_of
+from helpers import every_mode, says, slowly, step_of
 
 SHAPES = {"kernel": (8, 5), "stack": (3, 4, 5), "bias": (5,), "scale": ()}
 
@@ -72,11 +72,15 @@ def check_reference(tx, direction, spherical, learning_rate=0.05):
 adam = functools.partial(reference.adam, b2=0.95)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "stream", "pallas"])
+@pytest.mark.parametrize(
+    "implementation",
+    ["xla", *(slowly(name) for name in ("stream", "pallas"))],
+)
 def test_adamh_equals_its_reference(implementation):
     check_reference(adam_jax.adamh(0.05, implementation=implementation), adam, ("kernel", "stack"))
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_any_direction_is_stepped_on_the_sphere():
     masks = {"mask": not_matching("kernel", "zeros")}
@@ -151,7 +155,7 @@ def int8(path, leaf):
     "implementation, storage",
     [
         ("auto", None),
-        *(pytest.param(name, int8, marks=pytest.mark.slow) for name in ("stream", "pallas")),
+        *(slowly(name, int8) for name in ("stream", "pallas")),
     ],
 )
 def test_each_entry_of_a_stack_keeps_its_own_norm(implementation, storage):
@@ -182,15 +186,11 @@ def test_two_batch_axes_and_a_batch_of_one():
     assert state[-1].inner_state.radius["w"].shape == (1, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-@auto_slowly
-@pytest.mark.parametrize(
-    "storage, batch_axes",
-    [
-        (None, 1),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((None, 0), (int8, 0), (int8, 1))),
-    ],
-)
+@every_mode
+@pytest.mark.parametrize("storage", [None, int8])
+@pytest.mark.parametrize("batch_axes", [0, 1])
 def test_sharded_leaves_take_the_same_steps(axis_type, storage, batch_axes):
     params = normal({"rows": (16, 256), "layers": (8, 4, 128), "inner": (3, 8, 128)})
     specs = {"rows": P("data"), "layers": P("data"), "inner": P(None, "data")}
@@ -209,6 +209,7 @@ def test_sharded_leaves_take_the_same_steps(axis_type, storage, batch_axes):
 # Around it
 
 
+@pytest.mark.slow
 def test_apply_jit_and_vmap_agree():
     params = normal(SHAPES)
     tx = adam_jax.adamh(0.05)
@@ -262,6 +263,7 @@ def test_the_radius_is_that_of_the_parameters_at_conversion():
     chex.assert_trees_all_equal(converted[-1].inner_state.radius, tx.init(params)[-1][0].radius)
 
 
+@pytest.mark.slow
 def test_gradient_release_keeps_the_norm_of_each_layer():
     rng = np.random.default_rng(0)
     outer = {"in": jnp.asarray(rng.normal(size=(2, 8)), jnp.float32), "out": jnp.ones((8, 1))}

@@ -24,6 +24,7 @@ from helpers import (
     normal,
     optimizer,
     says,
+    slowly,
     step_of,
 )
 
@@ -260,12 +261,11 @@ APPLIED = {
     "schedule-free": masters(adam_jax.schedule_free_adamw(1e-2)),
     "Optax alone": optax.adamw(1e-2),
 }
-BY_DEFAULT = ("24 bits", "schedule-free")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in APPLIED],
+    [pytest.param(name, marks=() if name == "24 bits" else pytest.mark.slow) for name in APPLIED],
 )
 def test_apply_equals_update_and_apply_updates(name):
     tx = APPLIED[name]
@@ -319,9 +319,7 @@ def temporaries(tx, step, dtype):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-    "clip", [pytest.param(False, marks=pytest.mark.slow), True], ids=["alone", "clipped"]
-)
+@pytest.mark.parametrize("clip", [slowly(False), True], ids=["alone", "clipped"])
 def test_apply_needs_no_temporaries_and_keeps_the_gradients(clip):
     tx = adam_jax.adamw(1e-3, storage="int8")
     tx = adam_jax.chain(adam_jax.clip_by_global_norm(1.0), tx) if clip else tx
@@ -374,6 +372,7 @@ def test_multisteps_and_apply_if_finite_wrap_low_precision(wrap):
     chex.assert_trees_all_equal(after[1].inner_state, state[1].inner_state)
 
 
+@pytest.mark.slow
 @other_wrappers_slowly
 def test_low_precision_trains_in_nnx(wrap):
     model = nnx.Linear(16, 16, param_dtype=BFLOAT16, rngs=nnx.Rngs(0))
@@ -396,6 +395,7 @@ def test_low_precision_trains_in_nnx(wrap):
     chex.assert_trees_all_equal_structs(kept, params)
 
 
+@pytest.mark.slow
 @other_wrappers_slowly
 def test_a_train_state_resumes_from_orbax_bit_for_bit(tmp_path, wrap):
     loss, start = regression(BFLOAT16)
@@ -440,6 +440,7 @@ def test_low_precision_works_with_vmap_donation_and_map_params(wrap):
     assert all(rank == 3 for rank in jax.tree.leaves(getattr(ranks, "rest", 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 @other_wrappers_slowly
 def test_sharded_and_replicated_parameters_round_alike(wrap):

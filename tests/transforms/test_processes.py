@@ -74,7 +74,7 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path):
 @pytest.mark.eight_devices
 @pytest.mark.parametrize(
     "mode",
-    [pytest.param(mode, marks=() if "bf16" in mode else pytest.mark.slow) for mode in MODES],
+    [pytest.param(mode, marks=() if "apply" in mode else pytest.mark.slow) for mode in MODES],
 )
 @pytest.mark.standard_promotion
 def test_the_documented_bytes_equal_those_of_real_programs(mode):

@@ -27,6 +27,7 @@ from helpers import (
     normal,
     says,
     sent,
+    slowly,
     step_of,
 )
 
@@ -48,7 +49,11 @@ def make_mesh(name="line", kind=AxisType.Auto):
 
 @pytest.mark.parametrize(
     "storage, dtype",
-    [("float32", jnp.float32), ("int8", jnp.float32), ("int8", jnp.bfloat16)],
+    [
+        ("float32", jnp.float32),
+        slowly("int8", jnp.float32),
+        ("int8", jnp.bfloat16),
+    ],
 )
 def test_each_device_holds_an_eighth_of_the_state(storage, dtype):
     """Check GPT-2 small; the devices divide its 50257 × 768 embedding along 768 only."""
@@ -151,9 +156,7 @@ def test_twenty_sharded_steps_equal_those_on_one_device(name, layout):
             assert np.mean(np.asarray(ours) != theirs) <= 1e-3
 
 
-@pytest.mark.parametrize(
-    "outside", ["alone", "MultiSteps", pytest.param("apply_if_finite", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("outside", ["alone", "MultiSteps", slowly("apply_if_finite")])
 def test_zero1_composes_with_optax(outside):
     mesh = make_mesh()
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2, weight_decay=0.1))
@@ -319,6 +322,7 @@ def test_zero1_shards_an_axis_that_the_devices_divide(axis_type):
             assert sharding.is_equivalent_to(NamedSharding(mesh, spec), len(shapes[name])), name
 
 
+@pytest.mark.slow
 def test_the_state_can_be_kept_in_host_memory():
     """Follow the recipe: move the state to the devices for a step and back to the host."""
     mesh = make_mesh()
@@ -432,8 +436,11 @@ def test_sharding_errors_say_what_to_do():
 
 
 @every_mode
-@pytest.mark.parametrize("storage", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
-@pytest.mark.parametrize("wrap", ["zero1", "master_weights", "fsdp"])
+@pytest.mark.parametrize("storage", [slowly("bfloat16"), "int8"])
+@pytest.mark.parametrize(
+    "wrap",
+    ["zero1", *(slowly(w) for w in ("master_weights", "fsdp"))],
+)
 def test_an_eager_init_shards_the_state(axis_type, storage, wrap):
     """Call init outside of jit and of any mesh context, as in the README."""
     mesh = make_mesh(kind=axis_type)
