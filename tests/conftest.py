@@ -12,6 +12,7 @@ import os
 import sys
 
 os.environ.pop("XLA_FLAGS", None)  # it could request virtual devices, as `Devices` does
+FULLY = bool(os.environ.get("FULLY_COMPILED"))  # as users compile
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
 
 import hypothesis
@@ -21,6 +22,9 @@ import pytest
 
 if os.environ.get("WITHOUT_TRITON"):  # as in a JAX that has dropped it
     sys.modules["jax.experimental.pallas.triton"] = None  # pyright: ignore[reportArgumentType]
+
+if jax.__version_info__ < (0, 11) and not FULLY:  # half the time; newer versions have one emitter
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # the first example compiles
 hypothesis.settings.load_profile("unhurried")
@@ -59,9 +63,10 @@ class Devices:
 def quickly(request: pytest.FixtureRequest):
     """Leave out most of LLVM's passes, as XLA compiles most of the time.
 
-    `slow` tests, and `gpu` tests, which test the compiled kernels, have all of them.
+    `slow` tests, and `gpu` tests, which test the compiled kernels, have all of them. With
+    FULLY_COMPILED=1 every test has.
     """
-    is_full = any(request.node.get_closest_marker(name) for name in ("slow", "gpu"))
+    is_full = FULLY or any(request.node.get_closest_marker(name) for name in ("slow", "gpu"))
     jax.config.update("jax_disable_most_optimizations", not is_full)
 
 
