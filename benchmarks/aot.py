@@ -25,15 +25,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TPU_DUMP = tempfile.mkdtemp(prefix="adam_jax_llo")
-os.environ |= {  # libtpu reads them when it is loaded, which is at the first topology
+os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the plugin compiles without the libraries it runs on
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes load it, too
-    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={TPU_DUMP} --xla_jf_dump_llo_text=true "
-    "--xla_jf_dump_llo_pass_label_regex=final_bundles",
 }
 
 import jax
@@ -94,9 +91,21 @@ ELEMENTS_PER_THREAD = 16  # see adam_jax/_backends/triton.py
 
 
 @functools.cache
+def tpu_dump() -> str:
+    """Make libtpu write its bundles to this folder; it reads the flags when it is loaded."""
+    folder = tempfile.mkdtemp(prefix="adam_jax_llo")
+    os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+        "--xla_jf_dump_llo_pass_label_regex=final_bundles"
+    )
+    return folder
+
+
+@functools.cache
 def devices(chip: Chip) -> Sequence[Any]:
     """Return the devices of a described topology: 2×2 TPUs, or one GPU."""
     if chip is TPU:
+        tpu_dump()
         return topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
     given = {"target_config": H100, "topology": "1x1x1"}
     return topologies.get_topology_desc("", platform="cuda", **given).devices
@@ -148,9 +157,9 @@ def _step(tx: Any, way: str, donated: tuple[int, ...]) -> Any:
 
 
 def _program(chip: Chip, lowered: Any, params: Any, state: Any) -> Program:
-    for file in glob.glob(f"{TPU_DUMP}/*"):
+    dump, options = tpu_dump(), {}
+    for file in glob.glob(f"{dump}/*"):
         os.remove(file)
-    dump, options = TPU_DUMP, {}
     if chip is GPU:
         dump = tempfile.mkdtemp()
         if len(jax.tree.leaves(params)) == 1:  # for many kernels, this takes most of the time
