@@ -7,7 +7,6 @@ Needs pip install -e ".[aot]". Nothing runs: the figures are bytes, instructions
 the compiled programs. Clock rates and bandwidths are nominal.
 """
 
-# ruff: noqa: E402  # libtpu reads the environment
 from __future__ import annotations
 
 import argparse

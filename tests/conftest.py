@@ -12,7 +12,6 @@ import os
 import sys
 
 os.environ.pop("XLA_FLAGS", None)  # it could request virtual devices, as `Devices` does
-FULLY = bool(os.environ.get("FULLY_COMPILED"))  # as users compile
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
 
 import hypothesis
@@ -23,7 +22,9 @@ import pytest
 if os.environ.get("WITHOUT_TRITON"):  # as in a JAX that has dropped it
     sys.modules["jax.experimental.pallas.triton"] = None  # pyright: ignore[reportArgumentType]
 
-if jax.__version_info__ < (0, 11) and not FULLY:  # half the time; newer versions have one emitter
+FULLY = bool(os.environ.get("FULLY_COMPILED"))  # as users compile
+if jax.__version_info__ < (0, 11) and not FULLY:
+    # Halves the compilation time. Newer versions always use fusion emitters.
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # the first example compiles
