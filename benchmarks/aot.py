@@ -1,4 +1,4 @@
-"""What the compilers of a TPU v5e and an H100 make of a step, on a machine without either.
+"""The programs that a TPU v5e and an H100 would run for a step, compiled without either.
 
 python -m benchmarks.aot            # every row: about 30 minutes on two cores
 python -m benchmarks.aot tpu int8   # the rows whose names contain every word
@@ -79,7 +79,7 @@ class Chip(NamedTuple):
     """The custom call of a Pallas kernel."""
 
     def memory_cycles(self, bytes_per_element: float) -> float:
-        """Return how many instructions per element the memory's time allows."""
+        """Return the instructions per element that take as long as the memory traffic."""
         return bytes_per_element / self.bandwidth * self.clock * self.lanes
 
 
@@ -218,7 +218,7 @@ def sum_of(f: Callable[[Any], float], tree: Any) -> float:
     return sum(map(f, jax.tree.leaves(tree)))
 
 
-# What a program's text says
+# Figures from a program's text
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
@@ -250,7 +250,7 @@ def instructions(program: Program) -> list[Instruction]:
             continue
         operands = re.findall(r"%[\w.\-]+", rest.partition(")")[0])
         moved = sizes[name] + sum(sizes.get(x, 0) for x in operands)
-        if operation in ("slice-start", "copy-start") and _VMEM in shape:  # or from there
+        if operation in ("slice-start", "copy-start") and _VMEM in shape:  # or out of it
             moved = _bytes(re.findall(rf"\w+\[[\d,]*\]\S*{re.escape(_VMEM)}", shape)[0], vmem=True)
         found.append(Instruction(operation, moved))
     return found
@@ -295,7 +295,7 @@ def all_gathers(program: Program) -> int:
     return len(re.findall(r"\ball-gather(?:-start)?\(", program.text))
 
 
-# What a kernel's instructions say
+# Figures from a kernel's instructions
 
 
 class Sass(NamedTuple):
@@ -329,7 +329,7 @@ def sass(program: Program) -> Sass:
 
 
 def bundles(program: Program) -> float:
-    """Return the bundles per 1024 elements of a TPU program's only kernel, a cycle each."""
+    """Return the bundles (one cycle each) per 1024 elements of a TPU program's only kernel."""
     (file,) = [
         f
         for f in glob.glob(f"{program.dump}/*adam_jax_step*final_bundles.txt")

@@ -1,7 +1,8 @@
 """The whole family at equal tuning, on the two tasks of `compare`: `python -m benchmarks.family`.
 
 Each optimizer has its default arguments, a warmup, a linear decay, and four learning rates over 1.5
-decades. The four are around a first guess, and shifted until the best one isn't at an edge.
+decades. They start around a first guess, and shift (by at most 2 decades) until the best one isn't
+at an edge.
 All optimizers start from the same parameters, one set per seed, and see the same batches.
 """
 
@@ -43,7 +44,7 @@ GUESSES = {
 def search(train: Callable[[Sequence[int]], np.ndarray]) -> tuple[list[int], np.ndarray]:
     """Return the indices of the learning rates and their losses [rate, seed].
 
-    `train` returns the losses of given indices, which count factors from the first guess.
+    `train` returns the losses at the first guess times FACTOR**k, for each index k.
     """
     known: dict[int, np.ndarray] = {}
     center = 0

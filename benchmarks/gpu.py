@@ -1,4 +1,4 @@
-"""A step's time and memory on a GPU, beside Optax, other packages, and the device's own copy.
+"""A step's time and memory on a GPU, compared with Optax, other packages, and a copy.
 
 python -m benchmarks.gpu            # under ten minutes; writes results/gpu.json, gpu_training.json
 python -m benchmarks.gpu --tiny     # small leaves, interpreted kernels; the default on CPU
@@ -267,7 +267,7 @@ def copy_bandwidth(elements: int) -> float:
 
 
 class Baseline(NamedTuple):
-    """What the times of steps are compared with."""
+    """The baselines for the times of steps."""
 
     bandwidth: float
     optax: dict[str, float]

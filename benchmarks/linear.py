@@ -1,4 +1,4 @@
-"""Whether cost is linear: step time per element by size, and build time per leaf by count.
+"""Step time per element by size, and build time per leaf by count: both should be constant.
 
 python -m benchmarks.linear
 

@@ -2,8 +2,8 @@
 
 python -m benchmarks.memory
 
-On GPT-2 small, with params and state donated. The peak is everything in memory during a step:
-parameters, gradients, state, and what XLA allocates beside them.
+The model is GPT-2 small, with params and state donated. The peak is everything in memory during a
+step: parameters, gradients, state, new results, and temporary buffers.
 """
 
 from __future__ import annotations

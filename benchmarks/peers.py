@@ -1,4 +1,4 @@
-"""Low-precision state beside flashoptim-jax and torchao.
+"""Low-precision state, compared with flashoptim-jax and torchao.
 
 pip install flashoptim-jax torchao torch && python -m benchmarks.peers
 

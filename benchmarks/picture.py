@@ -52,7 +52,7 @@ def draw_memory(rows: Sequence[Mapping[str, str]], theme: Mapping[str, str]) -> 
 
 
 def draw_family(rows: Sequence[Mapping[str, str]], theme: Mapping[str, str]) -> Figure:
-    """Return the loss of each optimizer on the character Transformer, AdamW's as a line."""
+    """Return a chart of each optimizer's loss on the character Transformer; a line marks AdamW."""
     figure = Figure(figsize=(8, 0.26 * len(rows) + 1), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot(facecolor="none")

@@ -3,7 +3,7 @@
 python -m benchmarks.release            # every row: about 10 minutes on two cores
 python -m benchmarks.release cpu int8   # the rows whose names contain every word
 
-Only the row of time runs something. The v5e's rows need pip install -e ".[aot]".
+Only the time is measured by running steps. The v5e rows need pip install -e ".[aot]".
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], Any]] = {
 
 
 def row(where: str, name: str, way: str) -> dict[str, str]:
-    """Compile a step and return its memory, per parameter and in gradients of one layer."""
+    """Compile a step; return its memory per parameter and relative to one layer's gradient."""
     make, dtype = OPTIMIZERS[name]
     on_tpu = where == "v5e"
     model = Model(48, 2048, 1, 512, dtype) if on_tpu else Model(24, 512, 1, 64, dtype)

@@ -1,16 +1,17 @@
-"""The time of AdamW's step, beside Optax, PyTorch, other 8-bit packages, and the memory limit.
+"""The time of AdamW's step, compared with Optax, PyTorch, 8-bit packages, and the memory limit.
 
 python -m benchmarks.step                  # all trees, 50 minutes
 python -m benchmarks.step "10k" "ResNet"   # trees with one of these in their names
 
 pip install torch==2.13.0 torchao==0.18.0 flashoptim-jax==0.1.0 adds the other packages.
 
-A step is (params, state, gradients) → (params, state). Params and state are donated in this order,
-because a donated array goes to the next result of its shape. Four processes measure each tree, two
-of them with the optimizers built in reverse order. In a process, all optimizers take turns.
-"× optax" is the median ratio over rounds, averaged over processes. Programs whose operands have
-equal shapes and dtypes share arrays, so that memory addresses don't favor one of them. The limit is
-the time to move a float32 step's 28 bytes per element at the rate of scaling an array in place.
+A step is (params, state, gradients) → (params, state). Params and state are donated. Operands and
+results are in the same order, because a donated array goes to the next result of its shape. Four
+processes measure each tree, two of them with the optimizers built in reverse order. In a process,
+all optimizers take turns. "× optax" is the median ratio over rounds, averaged over processes.
+Programs whose operands have equal shapes and dtypes share arrays, so that memory addresses don't
+favor one of them. The limit is the time to move a float32 step's 28 bytes per element at the rate
+of scaling an array in place.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 python -m benchmarks.training
 
-The character Transformer of `python -m adam_jax compare`, 8 windows of 64 characters per batch, and
-a wider one. The optimizer's time is the step's time minus the time of a step that returns only the
-gradients' sum. All take turns; differences are medians over rounds. Params and state are donated.
+The models are the character Transformer of `python -m adam_jax compare`, with 8 windows of 64
+characters per batch, and a wider one. The optimizer's time is the step's time minus the time of a
+step that returns only the gradients' sum. All take turns; differences are medians over rounds.
+Params and state are donated.
 """
 
 from __future__ import annotations

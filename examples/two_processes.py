@@ -110,9 +110,9 @@ def launch(processes: int, directory: Path, until: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, help="where checkpoints are kept")
-    parser.add_argument("--until", type=int, default=STEPS, help="steps in all")
+    parser.add_argument("--until", type=int, default=STEPS, help="the total number of steps")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--process", type=int, help="which of them this is")
+    parser.add_argument("--process", type=int, help="the number of this process")
     parser.add_argument("--port", type=int)
     args = parser.parse_args()
     if args.process is not None:

@@ -2,7 +2,7 @@
 
 A `Composition` names an optimizer, its arguments, the wrappers around it, parameters, gradients,
 and a mesh. Its repr is the code that makes it, so a failure can be pasted into a test. The strategy
-reads the constructors from `adam_jax.catalogue()`, so a new variant joins by itself.
+reads the constructors from `adam_jax.catalogue()`, so new variants are included.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def warmup(count):
 
 
 def small_int8(path, leaf):
-    """Request int8 for every leaf, also below the size from which "int8" codes a leaf."""
+    """Request int8 for every leaf, including leaves too small for "int8"."""
     return "int8"
 
 
@@ -231,7 +231,7 @@ class Composition:
         return "standard" if mixes or optaxs else "strict"
 
     def clips_as_optax(self) -> bool:
-        """Return whether Optax clips, in the dtypes of the gradients, and not the step itself."""
+        """Whether Optax clips, in the gradients' dtypes, instead of our step."""
         apart = {"groups", "tunable"} & {*self.wrappers} or self.optimizer == "schedule_free_adamw"
         return "optax.chain" in self.wrappers or ("chain" in self.wrappers and bool(apart))
 
@@ -241,7 +241,7 @@ class Composition:
         return real and any(leaf.dtype == "complex64" for leaf in self.leaves.values())
 
     def rounding(self) -> float:
-        """Return the relative error of what is rounded in a step, beside the state's own."""
+        """Return the relative rounding error of a step, besides the state's."""
         if self.clips_as_optax():
             return self.rounding_of_gradients()
         return 2.0**-15 if "master_weights(24)" in self.wrappers else 0.0
@@ -315,7 +315,7 @@ SHAPES = [
     (33, 128),
     (8, 384),
 ]
-"""Of every kind: without axes, without elements, odd, of several blocks, cut by a shard's edge."""
+"""Shapes without axes, without elements, odd, of several blocks, or cut by a shard's edge."""
 
 DTYPES = ["float32", "float32", "bfloat16", "bfloat16", "float16", "complex64"]
 NAMES = ["kernel", "bias", "value", "scale"]
@@ -323,7 +323,7 @@ NAMES = ["kernel", "bias", "value", "scale"]
 
 @st.composite
 def compositions(draw: st.DrawFn, devices: int, thorough: bool = False) -> Composition:
-    """Draw a composition for so many devices; if thorough, of slow parts, too."""
+    """Draw a composition for this number of devices; `thorough` includes slow parts."""
     name = draw(st.sampled_from([entry.name for entry in adam_jax.catalogue()]))
     containers = [c for c in CONTAINERS if devices == 1 or c != "no leaves"]
     container = draw(st.sampled_from(containers))
@@ -339,7 +339,7 @@ def compositions(draw: st.DrawFn, devices: int, thorough: bool = False) -> Compo
     # JAX computes eagerly with explicitly sharded arrays only in the context of their mesh
     needs_context = (way, mesh) == ("eager", "explicit")
     if needs_context and "apply_if_finite" in wrappers:
-        way = "update"  # Optax's has branches of two types there
+        way = "update"  # the branches of Optax's cond differ in type
     in_mesh_context = mesh is not None and (needs_context or draw(st.booleans()))
     gradient_dtype = draw(st.sampled_from([None, None, None, "float32", "bfloat16"]))
     if "apply_if_finite" in wrappers and {*LOW_PRECISION} & {*wrappers}:
@@ -347,7 +347,7 @@ def compositions(draw: st.DrawFn, devices: int, thorough: bool = False) -> Compo
     if "optax.chain" in wrappers and gradient_dtype == "bfloat16":
         way = "update" if way == "eager" else way  # XLA sums a fused norm in float32
     gradients = ["normal", "normal", "normal", "zero", "tiny"]
-    if all(leaf.dtype != "float16" for leaf in leaves.values()):  # which a step may overflow
+    if all(leaf.dtype != "float16" for leaf in leaves.values()):  # float16 could overflow
         gradients.append("large")
     return Composition(
         optimizer=name,
@@ -396,7 +396,7 @@ def _wrappers(
 def _arguments(
     draw: st.DrawFn, name: str, is_complex: bool, masked: str | None, thorough: bool
 ) -> dict[str, Any]:
-    """Draw arguments by their annotations: any option of any constructor, without its name."""
+    """Draw arguments; annotations and defaults give the options of any constructor."""
     signature = inspect.signature(getattr(adam_jax, name), eval_str=True)
     parameters = dict(signature.parameters)
     given: dict[str, Any] = {}
@@ -435,5 +435,5 @@ def _arguments(
     if given.get("centered"):
         given.pop("bias_correction", None)  # its first nu − mu² is nothing but rounding
     if given.get("nesterov"):
-        given.pop("eps_hat", None)  # which there is no NAdam with
+        given.pop("eps_hat", None)  # NAdam has no such form
     return given

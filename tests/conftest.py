@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config):
 
 
 class Devices:
-    """Gives each test the number of CPU devices that it needs.
+    """A plugin that gives each test the number of CPU devices that it needs.
 
     Changing the number restarts JAX. Tests that need eight devices run last, so that a worker of
     pytest-xdist seldom changes it.
@@ -62,10 +62,9 @@ class Devices:
 
 @pytest.fixture(autouse=True)
 def quickly(request: pytest.FixtureRequest):
-    """Leave out most of LLVM's passes, as XLA compiles most of the time.
+    """Leave out most of LLVM's passes, because tests spend most of their time in compilation.
 
-    `slow` tests, and `gpu` tests, which test the compiled kernels, have all of them. With
-    FULLY_COMPILED=1 every test has.
+    `slow` tests and `gpu` tests run all passes, and so do all tests with FULLY_COMPILED=1.
     """
     is_full = FULLY or any(request.node.get_closest_marker(name) for name in ("slow", "gpu"))
     jax.config.update("jax_disable_most_optimizations", not is_full)

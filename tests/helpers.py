@@ -1,7 +1,6 @@
 """Helpers of several test modules: rules with their references, trees, steps, compiled programs.
 
-Every rule in `adam_jax.rules.RULES` is tested. The tests' default hyperparameters are the ones of
-its reference.
+Every rule in `adam_jax.rules.RULES` is tested, with the default hyperparameters of its reference.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def other_rules_slowly(names):
 
 
 def every_rule_with(argument, value, thorough):
-    """Parametrize a test by every rule and a value, and as a test of the engine by another one."""
+    """Parametrize a test by every rule with `value`, and with `thorough`, mostly as slow tests."""
     cases = [pytest.param(name, value, id=name) for name in RULES]
     cases += [slow_unless_by_default(name, thorough, id=f"{name}-thorough") for name in RULES]
     return pytest.mark.parametrize(f"name, {argument}", cases)
@@ -159,7 +158,7 @@ def keep(g, signed, positive):
 
 
 class Stored(NamedTuple):
-    """What is read back, by the kind of the moment."""
+    """Decoded moments, by kind."""
 
     signed: jax.Array
     positive: jax.Array
@@ -201,7 +200,7 @@ def shaped(tree):
 
 
 def gpt2_small():
-    """Return the shapes of its 148 leaves."""
+    """Return the shapes of GPT-2 small's 148 leaves."""
     layer = {
         "ln_1": {"scale": (768,), "bias": (768,)},
         "attn": {"kernel": (768, 2304), "bias": (2304,), "out": (768, 768), "out_bias": (768,)},
@@ -266,7 +265,7 @@ def masters(tx):
 
 
 def modes(slow=None):
-    """Parametrize a test by the modes of a mesh, of which others may test one by default."""
+    """Parametrize a test by a mesh's axis types; the type `slow` runs in the slow set."""
     names = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
     marks = {slow: pytest.mark.slow}
     return pytest.mark.parametrize(

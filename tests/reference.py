@@ -8,8 +8,8 @@ missing from s starts at zero (Yogi and RMSprop say otherwise); s is never writt
 or complex128; second moments use |g|^2, so they are real.
 
 "Checked" gives the largest difference of u from another implementation over 60 steps of the
-gradients in optimizers/test_reference.py, relative to 1 + |u|, in float64. "Once, by hand" was a
-released package that the tests do not install: pytorch_optimizer 4.1.0, schedulefree 1.4.1,
+gradients in optimizers/test_reference.py, relative to 1 + |u|, in float64. "Once, by hand" means
+a released package that the tests don't install: pytorch_optimizer 4.1.0, schedulefree 1.4.1,
 adam-atan2-pytorch 0.4.1, torch-optimi 0.3.3.
 """
 
@@ -376,7 +376,7 @@ def novograd(g, s, *, t, p=0.0, b1=0.9, b2=0.25, eps=1e-8, eps_root=0.0, decay_i
 def rms(
     g, s, *, t, decay=0.9, eps=1e-8, initial_scale=0.0, eps_in_sqrt=True, bias_correction=False
 ):
-    """Tieleman & Hinton (2012), RMSprop; the options are those of optax.scale_by_rms.
+    """Tieleman & Hinton (2012), RMSprop; the options are optax.scale_by_rms's.
 
     Differing copies: PyTorch has eps outside the root (eps_in_sqrt=False) and decay 0.99;
     TensorFlow inside.
@@ -410,7 +410,7 @@ def rms_centered(
 def rms_variance(
     g, s, *, t, decay=0.9, eps=1e-8, initial_scale=0.0, eps_in_sqrt=True, bias_correction=False
 ):
-    """`rms_centered`, whose nu is here what is kept of it, nu - |mu|^2, plus |mu|^2.
+    """`rms_centered`, with the variance nu - |mu|^2 in the state instead of nu.
 
     Checked: it is rms_centered.
     """
@@ -450,11 +450,11 @@ def lion(g, s, *, t, b1=0.9, b2=0.99, mode="hard", smooth_beta=1.0):
     return u, {"mu": ema(b2, mu, g)}
 
 
-# --- Followers: functions of a direction, a gradient or a parameter -----------------------------
+# --- Followers: functions of a direction, a gradient, or a parameter ----------------------------
 
 
 def cautious(u, g):
-    """Liang et al. (2024), cautious optimizers: drop what opposes the gradient, scale the rest.
+    """Liang et al. (2024), zero components that oppose the gradient, scale the others.
 
     Differing copies: the paper multiplies by n / (sum phi + 1); the authors' code divides by the
     mean, at least 1e-3, as here; adam-atan2-pytorch has 1e-5.
@@ -546,8 +546,8 @@ class ScheduleFreeAdamW:
     The paper bias-corrects through the learning rate, lr sqrt(1 - b2^t), so its averaging weights
     grow with t (0.18 apart); schedulefree 1.4.1 has nu / (1 - b2^t), as here. The weights are
     lr_max^2, lr_max being the largest rate so far.
-    Differing copies: with warmup, Optax steps with the rate of step t - 1 and averages with that of
-    step t (0.04 apart).
+    Differing copies: with warmup, Optax steps with the rate of step t - 1, but averages with the
+    rate of step t (0.04 apart).
     Checked: the authors' other form (x not stored), transcribed, 7e-16; optax.contrib without
     warmup 2e-15; once, by hand, schedulefree 6e-16, with warmup and decay.
     """
@@ -583,7 +583,7 @@ def prodigy(
     g, s, *, t, p=0.0, b1=0.9, b2=0.999, b3=0.9995, eps=1e-8, gamma=1.0, estim_lr0=1e-3,
     estim_lr_coef=1.0,
 ):  # fmt: skip
-    """Return the direction of `Prodigy` where the parameters stay at p0, and so d at d0."""
+    """Return the direction of `Prodigy` if the parameters stay at p0, so that d stays at d0."""
     m = ema(b1, s.get("exp_avg", 0.0), estim_lr0 * g)
     v = ema(b2, s.get("exp_avg_sq", 0.0), abs_sq(estim_lr0 * g))
     return m / (np.sqrt(v) + estim_lr0 * eps), {"exp_avg": m, "exp_avg_sq": v}

@@ -303,7 +303,7 @@ def read(state: PyTree) -> dict[str, Any]:
     Returns:
       "step" (from 1; 0 before the first), "learning_rate/all", "gradient_norm/<group>", and
       "update_ratio/<group>" as numbers, and "signal_to_noise/<group>": float32, the shares of
-      elements in the bins between `EDGES`.
+      elements in the `len(EDGES) + 1` bins that `EDGES` separates.
 
     Raises:
       ValueError: the state has no measurements, or measurements of several `record`s.

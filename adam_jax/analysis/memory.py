@@ -42,8 +42,8 @@ class MemoryReport:
       rows: parameters, gradients, each moment, bfloat16 parameters' residuals, and the rest of the
         state, in bytes.
       parameters: the number of trained parameters.
-      uncoded: (leaves kept as they are, all leaves) of a quantized or reduced moment; None if
-        there is none.
+      uncoded: (leaves neither quantized nor reduced, all leaves) of a quantized or reduced
+        moment; None if there is no such moment.
       whole: the paths and bytes of replicated leaves of the state, the largest first; empty if
         nothing is sharded.
     """
@@ -111,7 +111,7 @@ def memory_report(
 
     Returns:
       a `MemoryReport` with `.state_bytes`, `.total_bytes`, `.bytes_per_device`, and `.rows`. It
-      prints as a table, with a column "per device" if parameters are sharded.
+      prints as a table, with a column "MB per device" if sharding makes a difference.
 
     >>> import adam_jax, jax, jax.numpy as jnp
     >>> params = {"w": jax.ShapeDtypeStruct((50257, 768), jnp.float32)}

@@ -160,4 +160,4 @@ def run(recipe: Recipe, label: str, tx: optax.GradientTransformation, path: Path
         np.asarray(jax.vmap(recipe.schedule())(jnp.arange(recipe.steps))),
     ).savefig(path, dpi=150)
     table = text_table(rows, "<20 >15 >12 >33", "")
-    print(f"\n{table}\n\nlosses, learning rate and accuracy: {path}")
+    print(f"\n{table}\n\nlosses, learning rate, and accuracy: {path}")

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, or show them without one, and return the exit code."""
+    """Run a command, or print the help if none is given, and return the exit code."""
     parser = Parser(prog="python -m adam_jax", description="The Adam family for JAX.")
     parser.add_argument("--version", action="version", version=f"adam_jax {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
@@ -90,7 +90,7 @@ def picture(text: str) -> Path:
     """Return the path of a picture, checked before training starts."""
     path = Path(text)
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg, got {text}")
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf, or .svg, got {text}")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be in an existing directory, got {path.parent}")
     return path
@@ -117,8 +117,8 @@ def compare_options(add: AddArgument) -> None:
     names = one_of(constructors())
     add("names", nargs="+", type=names, metavar="NAME", help="as shown by `list`")
     add("--task", choices=tasks.TASKS, default="digits", help=known)
-    add("--steps", type=COUNT, metavar="N", help="per run; None: task default")
-    add("--learning-rates", type=POSITIVE, nargs="+", metavar="X", help="None: task default")
+    add("--steps", type=COUNT, metavar="N", help="steps per run; None: the task's default")
+    add("--learning-rates", type=POSITIVE, nargs="+", metavar="X", help="None: the task's default")
     add("--seeds", type=COUNT, metavar="N", help="the number of seeds; None: task default")
     add("--plot", type=picture, default="adam_jax_compare.png", metavar="PATH", help="the picture")
 
@@ -156,10 +156,10 @@ def train_options(add: AddArgument) -> None:
     one = f"one of {', '.join(names)}"
     add("--optimizer", type=one_of(names), default="adamw", metavar="NAME", help=one)
     add("--storage", metavar="FORMAT", help="the format of the moments, such as bfloat16")
-    add("--steps", type=COUNT, default=1000, metavar="N", help="per run")
-    add("--learning-rate", type=POSITIVE, default=2e-3, metavar="X", help="the peak")
-    add("--weight-decay", type=number(float, 0), default=1.0, metavar="X", help="of the kernels")
-    add("--seed", type=number(int, 0), default=0, metavar="N", help="of parameters and batches")
+    add("--steps", type=COUNT, default=1000, metavar="N", help="steps per run")
+    add("--learning-rate", type=POSITIVE, default=2e-3, metavar="X", help="its peak")
+    add("--weight-decay", type=number(float, 0), default=1.0, metavar="X", help="on the kernels")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="for parameters and batches")
     add("--plot", type=picture, default="adam_jax_train.png", metavar="PATH", help="the picture")
 
 
@@ -184,9 +184,9 @@ def train(args: argparse.Namespace) -> None:
 
 def memory_options(add: AddArgument) -> None:
     """Declare the options of `memory`."""
-    add("--params", type=number(float, 1), required=True, metavar="N", help="the number, e.g. 7e9")
-    add("--devices", type=COUNT, default=1, metavar="N", help="that share the state by ZeRO-1")
-    add("--layers", type=COUNT, default=32, metavar="N", help="of equal size, for gradient release")
+    add("--params", type=number(float, 1), required=True, metavar="N", help="parameters, e.g. 7e9")
+    add("--devices", type=COUNT, default=1, metavar="N", help="sharing the state by ZeRO-1")
+    add("--layers", type=COUNT, default=32, metavar="N", help="equal layers, for gradient release")
 
 
 FLOAT32, BFLOAT16, INT8, COMPACT = (
@@ -194,7 +194,7 @@ FLOAT32, BFLOAT16, INT8, COMPACT = (
 )
 RELEASED = ", gradient release"
 LARGEST_TRACED = 10**12
-"""The largest number of parameters to trace a step of; tracing needs shapes below 2³¹."""
+"""The largest number of parameters for which a step is traced; shapes must be below 2³¹."""
 
 MODES = {
     "float32 AdamW": ("float32", FLOAT32),
@@ -244,7 +244,7 @@ def show_memory(args: argparse.Namespace) -> None:
         sizes = f"{total:.2f}", f"{count * total / 1e9:,.1f}", f"{count * local / 1e9:,.1f}"
         rows.append((name, *sizes)[:columns])
     spread = f", state spread over {args.devices} devices (ZeRO-1)" if args.devices > 1 else ""
-    print(f"{count:,} parameters, their gradients and AdamW{spread}\n")
+    print(f"{count:,} parameters, their gradients, and AdamW{spread}\n")
     print(text_table(rows, "<0" + " >15" * (columns - 1), "  "))
 
 

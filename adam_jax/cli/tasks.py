@@ -17,7 +17,7 @@ CONTEXT = 64
 WIDTH = 64
 HEADS = 4
 LAYERS = 2
-FIRST, LAST = 31, 126  # codes from space to tilde; FIRST, one below, is for others
+FIRST, LAST = 31, 126  # 32 to 126 are space to tilde; 31 stands for all other characters
 
 
 class Task(NamedTuple):

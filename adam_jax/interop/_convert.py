@@ -34,9 +34,9 @@ def convert_state(
 
     The state may have other formats, or come from another chain, `optax.inject_hyperparams`, or
     Optax's optimizer of the same variant. Moments are matched by name, decoded, and encoded as in
-    `tx`, rounding to nearest. Step counts are kept. Other parts of the state of `tx`
-    (Schedule-Free's z, a chain's other states) are copied if `state` has them, and are new
-    otherwise.
+    `tx`, rounded to nearest, or down for running maxima. Step counts are kept. Other parts of the
+    state of `tx` (Schedule-Free's z, a chain's other states) are copied if `state` has them, and
+    are new otherwise.
 
     Args:
       state: the state of a running optimizer, Optax's or ours, or `nnx.Optimizer.opt_state`.

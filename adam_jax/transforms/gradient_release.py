@@ -110,8 +110,8 @@ def gradient_release(
     time, steps it with `adam_jax.apply`, and updates parameters and state in place if they are
     donated.
 
-    It equals the usual step in which `tx` steps each layer by itself, `jax.vmap(tx.update)` over
-    layers. So means over a leaf, such as a trust ratio, are over one layer, and storage formats
+    It equals a step with `jax.vmap(tx.update)` over the layers, in which `tx` steps each layer by
+    itself. Means over a leaf, such as a trust ratio, are over one layer, and storage formats
     depend on the size of one layer. There is one step count. Each layer has its own random bits.
 
     Args:
@@ -237,7 +237,7 @@ def _square_of_gradient(run: Pass, forward: Forward, params: PyTree) -> jax.Arra
 
 
 def _with_first_norm(state: PyTree, square: Callable[[], jax.Array]) -> PyTree:
-    """Return the state with the norm of this step in a `PreviousNormState` that has none yet."""
+    """Fill in this step's norm in each `PreviousNormState` that has no norm yet."""
 
     def is_previous(x: PyTree) -> bool:
         return isinstance(x, PreviousNormState)
@@ -367,9 +367,9 @@ class _Stepper(NamedTuple):
         return structure.unflatten(new_leaves), self.state.split(new_state)
 
     def _carrier(self, part: str, square: jax.Array) -> tuple[KeyPath, _Leaves]:
-        """Return the smallest leaf of a part, for a gradient with this sum of squares.
+        """Return the smallest leaf of a part, with a made-up gradient of this sum of squares.
 
-        So a norm over the gradient of two parts is the norm of the whole gradient.
+        With it, the norm over both parts' gradients is the norm of the whole gradient.
         """
         tree, state = self.tree[part], self.state_leaves[part]
         if part == LAYERS:

@@ -101,7 +101,7 @@ def _optimizer(
         if "learning_rate" in own or "learning_rate" not in shared:
             raise ValueError(
                 f"groups: the learning_rate_factor of {pattern!r} multiplies the shared "
-                f"learning_rate; pass groups(..., learning_rate=), and none in the pattern"
+                f"learning_rate; pass learning_rate= to groups, and none in the pattern's settings"
             )
         own["learning_rate"] = _scaled(shared["learning_rate"], factor)
     return constructor(**{**shared, **own})

@@ -1,8 +1,8 @@
-"""Trees with leaves of one outer part and of stacked layers, such as parameters and their state.
+"""Parameters with an outer part and stacked layers, and the optimizer states for them.
 
-In parameters `{"outer": ..., "layers": ...}`, the leaves of layers are stacked along axis 0. In an
-optimizer's state, a leaf belongs to the parameter whose path ends its own path. Other leaves, such
-as step counts, are shared by all parts.
+In parameters `{"outer": ..., "layers": ...}`, the leaves of layers are stacked along axis 0. A leaf
+of an optimizer's state belongs to the parameter whose path is a suffix of the leaf's path. Other
+leaves, such as step counts, are shared by all parts.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def part_of(owner: KeyPath) -> str:
 
 
 def _owner(path: KeyPath, params: Collection[KeyPath]) -> KeyPath:
-    """Return the path of a parameter that ends `path`, or () if there is none."""
+    """Return the parameter path that is a suffix of `path`, or () if there is none."""
     return next((path[k:] for k in range(len(path)) if path[k:] in params), ())
 
 

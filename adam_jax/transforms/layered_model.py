@@ -40,7 +40,7 @@ class Model(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """The results of a forward pass, and what the backward pass needs of it."""
+    """The results of a forward pass, and the inputs of the backward pass."""
 
     value: PyTree
     """The loss, or (loss, aux)."""

@@ -1,8 +1,8 @@
 """Master weights and stochastic rounding for bfloat16 parameters.
 
-Plain bfloat16 parameters lose updates below half of their last bit, up to 1/256 of their size. The
-wrappers here go around everything that computes updates. They emit float32 differences, which give
-exact parameters under `optax.apply_updates` if nothing changes them before. That function needs a
+Plain bfloat16 parameters lose updates below half an ulp, which is up to 1/256 of the parameter. The
+wrappers here go around everything that computes updates. They emit float32 differences, which
+`optax.apply_updates` turns into exact parameters if nothing changes the differences. It needs a
 copy of the parameters; `adam_jax.apply` updates them in place.
 """
 

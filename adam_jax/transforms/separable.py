@@ -26,9 +26,9 @@ CHOICES = (
 
 
 def check(tx: optax.GradientTransformation, params: PyTree, *, two_pass: bool) -> None:
-    """Raise if tx steps a part depending on other parts, except on their gradients' norm.
+    """Raise if the step of one part depends on the other parts.
 
-    With `two_pass`, steps may depend on that norm. `params` has the shapes of one layer.
+    With `two_pass`, it may depend on their gradients. `params` has the shapes of one layer.
     """
     state = jax.eval_shape(tx.init, params)
     if any(isinstance(s, optax.MultiStepsState) for _, s in named_tuples(state)):

@@ -119,7 +119,7 @@ def _effective(
     is_set: Mapping[str, PyTree],
     count: jax.Array,
 ) -> dict[str, PyTree]:
-    """Return a step's values: set ones override given ones. Decay rates stay precise."""
+    """Return a step's values; values that were set override the constructor's arguments."""
     values: dict[str, PyTree] = {}
     value: PyTree
     for name, value in given.items():

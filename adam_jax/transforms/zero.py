@@ -31,9 +31,9 @@ def state_sharding(
 ) -> PyTree:
     """Return the sharding of the state of `tx`, derived from its parameters' shardings.
 
-    Moments, codes, and residuals are sharded like their parameter. Scales are sharded like it along
-    every axis that divides evenly over the devices, and replicated along the others. Scalars such
-    as step counts are replicated. `memory_report(tx, params)` shows the bytes on each device.
+    Moments, codes, and residuals are sharded like their parameter. Scales are, too, along each axis
+    that divides evenly over the devices, and replicated along the others. Scalars such as step
+    counts are replicated. `memory_report(tx, params)` shows the bytes on each device.
 
     Use it as `jax.jit(tx.init, out_shardings=state_sharding(tx, params))(params)`. A jitted init
     doesn't shard its results by itself; an eager init does.
@@ -99,7 +99,7 @@ def zero1(
     `optax.clip_by_global_norm`, are over whole arrays, and random bits depend on positions in whole
     arrays. If shards split a block of codes, its maximum is computed across devices.
 
-    A leaf is sharded along its first (preferably unsharded) axis that divides evenly, or
+    A leaf is sharded along its first axis that divides evenly, preferably an unsharded one, or
     replicated. `memory_report(tx, params)` shows bytes per device and replicated leaves.
 
     Use it under `jit`, with automatic or explicit axes, around everything that computes updates,

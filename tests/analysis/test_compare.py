@@ -102,7 +102,7 @@ def test_compare_takes_every_kind_of_constructor(make):
     assert losses[..., -5:].mean() < losses[..., :5].mean()
 
 
-def test_state_bytes_are_those_of_one_run():
+def test_state_bytes_count_one_run():
     params = jax.tree.leaves(init(jax.random.key(0)))
     floats = sum(x.nbytes for x in params)
     assert comparison().state_bytes == {"adamw": 2 * floats + 4, "sgd": floats}
@@ -290,7 +290,7 @@ def test_the_schedule_of_the_tasks_rises_and_falls():
     assert seen[4:] == sorted(seen[4:], reverse=True) and 0 < seen[-1] < 0.1
 
 
-def test_the_characters_are_those_of_the_text():
+def test_the_characters_come_from_the_text():
     windows = tasks.characters_batches(5)
     assert windows.shape == (5, 8, tasks.CONTEXT + 1) and windows.dtype == np.uint8
     assert windows.max() <= tasks.LAST - tasks.FIRST

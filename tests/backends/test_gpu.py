@@ -180,7 +180,7 @@ def assert_close(ours, expected):
 
 
 def way_of(storage):
-    """Return the way to step that these parameters are meant for."""
+    """Return the way to step parameters of this dtype: float32 by update, bfloat16 by apply."""
     return "update" if STORAGES[storage][1] == jnp.float32 else "apply"
 
 

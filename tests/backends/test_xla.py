@@ -65,7 +65,7 @@ TPU = AbstractMesh((), (), abstract_device=AbstractDevice("TPU v5 lite", 1, plat
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["int8", "compact"])
 def test_a_program_for_tpu_computes_what_others_compute(storage):
-    """It reads leaves as a TPU's memory has them, if their rows and columns fill its tiles."""
+    """It views leaves in the layout of a TPU's memory, if their rows and columns fill its tiles."""
     shapes = {"tiles": (32, 384), "many axes": (2, 3, 16, 256), "rows": (36, 256), "row": (64, 100)}
     params, grads = (
         {name: normal(shape, seed=k) for name, shape in shapes.items()} for k in range(2)

@@ -88,7 +88,7 @@ def test_memory_prints_bytes_per_parameter_and_per_device(capsys):
     """Print the memory of 7 billion parameters, 16 bytes each in float32, and of 8 devices."""
     main(["memory", "--params", "7e9", "--devices", "8"])
     title, _, heading, *rows = capsys.readouterr().out.splitlines()
-    assert title == "7,000,000,000 parameters, their gradients and AdamW, state spread over " + (
+    assert title == "7,000,000,000 parameters, their gradients, and AdamW, state spread over " + (
         "8 devices (ZeRO-1)"
     )
     figures = [re.findall(r" ([\d.]+)(?= |$)", row)[-3:] for row in rows]
@@ -154,7 +154,7 @@ def test_an_unknown_storage_is_an_error_that_lists_the_names(capsys):
         ("--steps", "0", ("integer >= 1", "0")),
         ("--steps", "1.5", ("integer >= 1", "1.5")),
         ("--seed", "-1", ("integer >= 0", "-1")),
-        ("--plot", "p.txt", (".png, .pdf or .svg", "p.txt")),
+        ("--plot", "p.txt", (".png, .pdf, or .svg", "p.txt")),
         ("--plot", "nowhere/p.png", ("directory", "nowhere")),
     ],
 )

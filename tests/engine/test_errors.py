@@ -438,7 +438,7 @@ def test_arguments_that_agree_are_no_error(make):
     jax.eval_shape(lambda: step(make()))
 
 
-# Gradients, parameters and state
+# Gradients, parameters, and state
 
 KEEP_OUT = ("optax.masked", "optax.partition", "float")
 TREE = ("structures", "init")

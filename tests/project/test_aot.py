@@ -52,7 +52,7 @@ def test_a_sharded_parameter_is_stepped_by_one_kernel_without_a_gather(kind):
 
 @every_kind
 def test_an_embedding_whose_shards_cut_blocks_moves_little_more_than_it_must(kind):
-    """XLA stores its 192 columns a device as rows, which a kernel would have to copy."""
+    """XLA stores its 192 columns per device as rows, so a kernel would need a copy."""
     mesh, spec = aot.mesh(kind), P(None, "data")
     tx = adam_jax.adamw(1e-3, storage="int8")
     if kind == AxisType.Auto:
@@ -90,7 +90,7 @@ def test_a_step_on_tpu_moves_only_what_it_must(storage):
 
 @every_storage
 def test_a_step_on_gpu_moves_only_what_it_must(storage):
-    """With the gradient donated: else XLA copies float32 moments, Optax's, too."""
+    """Donate the gradient; otherwise XLA copies float32 moments, as it does for Optax."""
     way = "apply" if storage == "int8, master weights" else "update"  # an update is a new array
     program = aot.leaf("gpu", storage, way)
     assert aot.moved(program) <= 1.03

@@ -40,7 +40,7 @@ one_or_eight = pytest.mark.parametrize(
 
 @one_or_eight
 def test_a_few_random_compositions_keep_every_promise(devices):
-    """Draw equal compositions in every run."""
+    """Draw the same compositions in every run."""
     fuzz(1, devices, max_examples=3 if devices == 1 else 1, phases=[Phase.generate])
 
 
@@ -48,7 +48,7 @@ def test_a_few_random_compositions_keep_every_promise(devices):
 @one_or_eight
 @pytest.mark.parametrize("part", range(2))
 def test_many_random_compositions_keep_every_promise(devices, part):
-    """Draw equal compositions in every run; CI at night sets another COMPOSITIONS_SEED."""
+    """Draw the same compositions in every run; CI at night sets another COMPOSITIONS_SEED."""
     seed = int(os.environ.get("COMPOSITIONS_SEED", 1000))
     fuzz(seed + part, devices, max_examples=30, thorough=True)
 
@@ -341,7 +341,7 @@ def check_steps(composition, trajectory):
             after = run(here, grads)
             assert_types(after, here)
             assert_close(composition, after, end, start)
-    # outside of the mesh's context an eager init makes its counts on one device, Optax's, too
+    # outside of a mesh context, an eager init puts counts on one device, as Optax's does
     allowed = 1 if composition.mesh is None or composition.in_mesh_context else 2
     assert composition.way == "eager" or len(traces) <= allowed, f"{len(traces)} traces"
 
@@ -377,7 +377,7 @@ def stepper(composition):
     tx, way = composition.transformation(), composition.way
     if way == "apply":
         return lambda here, grads: adam_jax.apply(tx, grads, here[1], here[0])
-    if way == "extra arguments":  # names that belong to whom they are meant for
+    if way == "extra arguments":  # our functions must reserve none of these names
         return functools.partial(update, tx, apply=True, beside=1.0, value=1.0)
     if way == "xla":
         arguments = {**composition.arguments, "implementation": "xla"}

@@ -1,8 +1,8 @@
 """Optax's own test suite, with our functions in the place of Optax's.
 
 This module is also the pytest plugin of the runs that it starts (`-p test_optax_suite`): before
-any of Optax's tests is imported, `pytest_configure` puts adam_jax's function wherever an Optax
-module holds its own of the same name. To read what ran:
+any of Optax's tests is imported, `pytest_configure` replaces the functions in Optax's modules by
+adam_jax's functions of the same names. To read what ran:
 
     pytest tests/project/test_optax_suite.py -rP
 """
@@ -23,10 +23,10 @@ import optax.contrib
 import pytest
 
 OPTAX = Path(optax.__file__).parent
-REPORT = "OPTAX_SUITE_REPORT"  # environment variable: where the plugin writes what happened
+REPORT = "OPTAX_SUITE_REPORT"  # the environment variable with the path of the plugin's report
 
-# Has to be substituted; whatever else adam_jax shares with Optax is substituted too, but not what
-# means something else in Optax.
+# These names must be substituted. All other names that adam_jax shares with Optax are substituted,
+# too, except OTHER_MEANING.
 PROMISED = """
 adabelief adam adamax adamaxw adamw adan ademamix adopt amsgrad lamb lion nadam nadamw radam rmsprop
 schedule_free_adamw schedule_free_eval_params sgd simplified_ademamix yogi
@@ -36,7 +36,7 @@ scale_by_stddev scale_by_yogi
 """
 OTHER_MEANING = {"ema"}
 
-EVERYTHING = "OPTAX_SUITE_ALL" in os.environ  # what is too slow for every day as well
+EVERYTHING = "OPTAX_SUITE_ALL" in os.environ  # also run slow tests
 
 # Each group runs in a process of its own. Files that call no function of ours are left out.
 GROUPS = {
@@ -65,7 +65,7 @@ GROUPS = {
     ],
     # On its own: it asks for eight devices when it is imported, before JAX has started.
     "sharding": ["_src/sharding_test.py"],
-    # Ours are only a means here, to test something else at length.
+    # These test something else at length, and only use our functions.
     "slow": [
         "_src/combine_test.py",
         "_src/linesearch_test.py",
@@ -144,7 +144,7 @@ def pytest_runtest_makereport(item, call):
         outcomes = item.config.optax_suite["outcomes"]
         skipped_for_good = report.skipped and re.search(SKIPS, str(report.longrepr))
         outcome = "failed" if report.skipped and not skipped_for_good else report.outcome
-        if outcomes.get(item.optax_label) != "failed":  # of several subtests one has
+        if outcomes.get(item.optax_label) != "failed":  # one of several subtests has failed
             outcomes[item.optax_label] = outcome
     return report
 

@@ -36,7 +36,7 @@ def scan(tx, gradient, steps, measure):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(RULES) - {"rms_centered"}))  # rms_variance is its form
 def test_int8_takes_no_step_much_larger_than_float32(name):
-    """After the first 20 steps, int8's largest of 300 is at most 5 times float32's.
+    """int8's largest step, after the first 20 of 300, is at most 5 times float32's.
 
     Magnitudes within a block vary by e^(s·N), and gradients have either sign or mostly one.
     """
@@ -62,7 +62,7 @@ def test_int8_takes_no_step_much_larger_than_float32(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_centered_rmsprop_in_low_precision_takes_no_large_step(bias_correction):
-    """The difference of two rounded moments, which it divides by, would make one."""
+    """Dividing by the difference of two rounded moments would cause one."""
     scale = jnp.exp(noise(10_000))
     params = {name: jnp.zeros(SHAPE) for name in ("float32", "bfloat16", "int8")}
     tx = adam_jax.rmsprop(

@@ -127,7 +127,7 @@ def patterns():
 
 
 EXACT_STEP = 3.0
-"""The largest step in learning rates of an optimizer that the test is about."""
+"""The largest float32 step, in learning rates, of the cases that the test checks."""
 
 
 NAMES = sorted({e.name for e in adam_jax.catalogue()} - {"adamw", "nadamw", "adamaxw", "sgd"})

@@ -254,7 +254,7 @@ def test_tunable_and_groups_change_the_learning_rate():
     assert relative == pytest.approx({"kernel": 0.2, "embed": 1e-3}, rel=0.05)
 
 
-def test_the_radius_is_that_of_the_parameters_at_conversion():
+def test_conversion_takes_the_radius_from_the_parameters():
     params = normal(SHAPES)
     state = run(adam_jax.adamw(1e-3), params, 3)[1]
     tx = adam_jax.adamh(0.05)

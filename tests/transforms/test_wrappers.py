@@ -1,4 +1,4 @@
-"""Wrappers of a direction: cautious, grams and mars."""
+"""Wrappers of a direction or an optimizer: cautious, grams, mars, and grokfast."""
 
 from __future__ import annotations
 

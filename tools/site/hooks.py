@@ -1,7 +1,7 @@
 """MkDocs hooks: pages from outside docs/, notebooks, examples, and links.
 
 Links in all files are relative to the file in the repository, so that they work on GitHub. Here
-they are resolved in the repository, and then lead to the page made of the target, or to the
+they are resolved in the repository, and then point to the target's page on the site, or to the
 target on GitHub. Names of the API in backticks link to the reference.
 """
 
@@ -86,7 +86,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write formulas as MathML, which needs no script, and show the source of rules."""
+    """Write formulas as MathML, which needs no script, and expand the source code of rules."""
     html_text = html_text.replace('class="mkdocstrings-source"', 'class="mkdocstrings-source" open')
     return FORMULA.sub(lambda match: convert(html.unescape(match[1])), html_text)
 
@@ -107,7 +107,7 @@ def target(path: str, link: str, folder: str) -> str:
 
 
 def examples() -> str:
-    """Return a section for each program in examples/: its docstring's first paragraph, and it."""
+    """Return a section for each program in examples/: its first paragraph, and its code."""
     sections = []
     for path in sorted((ROOT / "examples").glob("*.py")):
         source = path.read_text("utf-8").rstrip()
@@ -147,7 +147,7 @@ def fenced(language: str, text: str) -> str:
 
 
 def reference(names: Sequence[str]) -> str:
-    """Return what mkdocstrings replaces by signatures and docstrings."""
+    """Return the directives that mkdocstrings replaces by signatures and docstrings."""
     return "\n\n".join(f"::: adam_jax.{name}" for name in names)
 
 

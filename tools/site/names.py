@@ -30,7 +30,7 @@ PUBLIC = {*public_names()}
 CONSTRUCTORS = [entry.name for entry in adam_jax.catalogue()]
 ELSEWHERE = {"from_rule", "scale_by_rule", "schedule_free_eval_params"}
 DIRECTIONS = [n for n in adam_jax.optimizers.__all__ if n not in {*CONSTRUCTORS, *ELSEWHERE}]
-"""What docs/api/directions.md lists; `ELSEWHERE` is on other pages."""
+"""The names in docs/api/directions.md; `ELSEWHERE` is on other pages."""
 
 MENTION = re.compile(r"(?<![\[`])`((?:adam_jax\.)?([\w.]+)(?:\([^`]*)?)`(?!`)")
 
