@@ -42,7 +42,7 @@ average_square: Moment = positive.at_least(least_square, bounds_step=True)
 
 @rule(mu=signed, nu=average_square)
 def adam(g, mu, nu, *, t, b1, b2, eps, eps_root):
-    """Kingma & Ba (2015), Algorithm 1, where eps_root = 0.
+    """Kingma & Ba (2015), Algorithm 1, if eps_root = 0.
 
     It is bias-corrected RMSprop if b1 = 0, and sign descent if b1 = b2 = eps = 0.
     """
@@ -61,7 +61,7 @@ def adam_eps_hat(g, mu, nu, *, t, b1, b2, eps):
 
 
 def look_ahead(mu, g, b1, t):
-    """Estimate the bias-corrected mu of step t + 1 if the next gradient equals g."""
+    """Return NAdam's look-ahead b1·mu/(1 - b1^(t+1)) + (1 - b1)·g/(1 - b1^t)."""
     return ema(b1, debias(mu, b1, t + 1), debias(g, b1, t))
 
 
@@ -162,7 +162,7 @@ def adabelief(g, mu, nu, *, t, b1, b2, eps, eps_root, nesterov=False):
     nu=non_average.starting_at("initial_accumulator_value"),
 )
 def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
-    """Zaheer et al. (2018), Algorithm 2: nu moves toward g² by (1 - b2)·g², at any distance.
+    """Zaheer et al. (2018), Algorithm 2: nu moves toward g² by (1 - b2)·g², however far it is.
 
     Both moments start at initial_accumulator_value, as in Optax; in the paper, only nu does.
     """
@@ -172,7 +172,10 @@ def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
 
 
 def least_adan(m, b1, b3):
-    """Return a lower bound of Adan's n, the average of x² for x = g + c·Δg; g averages x."""
+    """Return a lower bound on Adan's n, the average of x² for x = g + c·Δg.
+
+    g is an average of x with decay rate c/(1 + c), which is at most ½.
+    """
     return jnp.maximum(1 - 0.5 / b3, 0) * least_square(m, b1, b3)  # for c ≤ 1
 
 
@@ -193,14 +196,14 @@ def adan(gradient, m, v, n, g, *, t, b1, b2, b3, eps, eps_root, difference_weigh
 
 @rule(mu=signed, nu=positive)
 def laprop(g, mu, nu, *, t, b1, b2, eps):
-    """Ziyin et al. (2020), Algorithm 1: normalize, then average; b1 and b2 are independent."""
+    """Ziyin et al. (2020), Algorithm 1: normalize, then average; choose b1 and b2 freely."""
     nu = ema(b2, nu, abs_sq(g))
     mu = ema(b1, mu, g / (sqrt(debias(nu, b2, t)) + eps))
     return debias(mu, b1, t), mu, nu
 
 
 def quartic_root(step):
-    """Return ADOPT's bound on a normalized gradient."""
+    """Return step^¼, ADOPT's bound on a normalized gradient."""
     return step**0.25
 
 
@@ -259,7 +262,7 @@ def adam_atan2(g, mu, nu, *, t, b1, b2, a, b):
 
 @rule(mu=signed)
 def adam_s(g, mu, *, b1, b2, eps):
-    """Zhang et al. (2025), AdamS: the previous momentum's square replaces the average of g².
+    """Zhang et al. (2025), AdamS: in nu = ema(b2, nu, g²), the old mu² replaces the old nu.
 
     Neither is bias-corrected. Zhou & Xie's AdamS (stable weight decay) is another method.
     """
@@ -269,7 +272,7 @@ def adam_s(g, mu, *, b1, b2, eps):
 
 @rule(mu=signed, nu=positive.per_leaf())
 def novograd(g, mu, nu, *, p, t, mean, size, b1, b2, eps, eps_root, decay_in_mu):
-    """Ginsburg et al. (2019), Algorithm 1: nu averages ‖g‖² of a leaf, and starts at the first one.
+    """Ginsburg et al. (2019), Algorithm 1: nu averages a leaf's ‖g‖², starting at the first ‖g‖².
 
     mu is a sum. Each term is a normalized gradient plus weight decay.
     """
@@ -304,7 +307,7 @@ def lion(g, mu, *, b1, b2, smooth_beta, mode="hard"):
 
 @rule(nu=positive.starting_at("initial_scale"))
 def rms(g, nu, *, t, decay, eps, eps_in_sqrt=True, bias_correction=False):
-    """Tieleman & Hinton (2012), RMSprop, lecture 6.5."""
+    """Tieleman & Hinton (2012), lecture 6.5: RMSprop."""
     nu = ema(decay, nu, abs_sq(g))
     v = debias(nu, decay, t) if bias_correction else nu
     return g / (sqrt(v + eps) if eps_in_sqrt else sqrt(v) + eps), nu
@@ -337,7 +340,7 @@ def rms_variance(g, mu, variance, *, t, decay, eps, eps_in_sqrt=True, bias_corre
 
 
 def prodigy_step_size(gamma, estim_lr, b1, b2, t):
-    """Return γ·d·√(1 - b2^t)/(1 - b1^t), which multiplies Prodigy's direction and decay."""
+    """Return γ·d·√(1 - b2^t)/(1 - b1^t), which multiplies Prodigy's step and weight decay."""
     return gamma * estim_lr * debias(1.0, b1, t) / sqrt(debias(1.0, b2, t))
 
 
@@ -445,7 +448,7 @@ def decay_decoupled(u, *, p, weight_decay):
 
 @rule()
 def decay_independent(u, *, p, weight_decay):
-    """Loshchilov & Hutter (2019), Algorithm 2: p decays by λ_t·p, for any η."""
+    """Loshchilov & Hutter (2019), Algorithm 2: p decays by λ_t·p, independent of η."""
     return u - weight_decay * p
 
 
@@ -486,8 +489,8 @@ def trust_ratio(u, *, p, mean):
 def hyperball(u, radius, *, p, mean, size, learning_rate):
     """Wen et al. (2026), Hyperball: W ← R·n(W - η·R·n(u)), n(x) = x/‖x‖, R = ‖W‖ at the start.
 
-    With W' = W - a·u, ‖W'‖² = ‖W‖² - 2a⟨W,u⟩ + a²‖u‖², without a second pass. A leaf with R = 0
-    takes the step -η·u.
+    With W' = W - a·u, computing ‖W'‖² = ‖W‖² - 2a⟨W,u⟩ + a²‖u‖² needs no second pass. A leaf with
+    R = 0 takes the step -η·u.
     """
     p_sq, u_sq, product = (size * x for x in mean(abs_sq(p), abs_sq(u), inner(p, u)))
     a = jnp.where(u_sq > 0, learning_rate * radius / sqrt(jnp.where(u_sq > 0, u_sq, 1)), 0)

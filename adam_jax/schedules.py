@@ -52,7 +52,7 @@ def ademamix_warmup(
         return jnp.minimum(jnp.asarray(count, dtype) / steps, 1)
 
     def slow_rate(count: Numeric) -> Decay:
-        # interpolates the averaging length, -1 / log b
+        # interpolate the averaging length, -1 / log b, linearly
         s = progress(count)
         log = start * end / ((1 - s) * end + s * start)
         return Decay(jnp.exp(log), log, -jnp.expm1(log))
@@ -63,7 +63,7 @@ def ademamix_warmup(
 def rescale_b2(b2: float, *, batch_size: float, new_batch_size: float) -> float:
     """Return b2 for another batch size: b2^(new_batch_size/batch_size).
 
-    The half-life of the average squared gradient then stays the same number of examples.
+    This keeps the half-life of the average squared gradient constant in examples.
     Source: Marek et al. (2025), Small Batch Size Training for Language Models, arXiv:2507.07101.
 
     Args:

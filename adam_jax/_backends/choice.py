@@ -19,8 +19,8 @@ from adam_jax.storage._moments import any_bfloat16, any_lossy, any_total
 def choose(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run steps of lossy state in a kernel or in tiles, and others in XLA, which fuses well.
 
-    On TPU, bfloat16 state takes the kernel, too: XLA moves 1.4 times the least bytes. On GPU, so do
-    rules with totals, for which XLA reads a leaf twice.
+    On TPU, a kernel also runs steps of bfloat16 state, because XLA moves 1.4 times as many bytes
+    as necessary. On GPU, it also runs rules with totals, because XLA reads the leaf twice.
     """
     platform = step.platform
     is_lossy = any_lossy(operands.moments)
@@ -66,7 +66,7 @@ def has_triton() -> bool:
 
 
 def execute_in_kernel(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
-    """Run the step in a Pallas kernel, with the slow import of Pallas only here."""
+    """Run the step in a Pallas kernel. Only this imports Pallas, which is slow."""
     if step.platform == "gpu" and not has_triton():
         raise NotImplementedError(
             "implementation='pallas': JAX must have jax.experimental.pallas.triton for kernels on "

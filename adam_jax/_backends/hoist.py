@@ -48,7 +48,7 @@ def hoist(closed: Any, num_small: int) -> Halves:
     passed = [v for v in invariant if v in needed and v not in computed]
     for v in passed:
         if v.aval.shape:
-            raise NotImplementedError(f"a kernel can't use a constant array, got {v.aval}")
+            raise NotImplementedError(f"a constant array, {v.aval}, which kernels can't use")
 
     front_jaxpr = jaxpr.replace(invars=small_vars, outvars=passed, eqns=front[::-1])
     rest_jaxpr = jaxpr.replace(constvars=[], invars=[*passed, *large_vars], eqns=rest[::-1])

@@ -26,11 +26,11 @@ def _reciprocal(x: jax.Array) -> jax.Array:
     reciprocal = getattr(tpu, "reciprocal", None) or pallas.reciprocal  # in jax 0.10
     about = reciprocal(x, approx=True)
     nearer = about + about * (1 - x * about)
-    return jax.lax.select(nearer == nearer, nearer, about)  # 0·Inf for x = 0 and x = Inf
+    return jax.lax.select(nearer == nearer, nearer, about)  # NaN for x = 0 and x = Inf
 
 
 def _select(site: Site) -> Any:
-    """Turn where(|x| < TINY, 0, x) into x, because a TPU's arithmetic makes no smaller number."""
+    """Turn where(|x| < TINY, 0, x) into x, because TPUs flush smaller results to 0."""
     out = as_extremum(site)
     predicate, x, zero = site.eqn.invars
     made = maker(predicate, site)

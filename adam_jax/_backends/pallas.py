@@ -121,10 +121,10 @@ TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
 
 
 def supports(operands: Operands) -> bool:
-    """Whether kernels support a leaf: float32 arithmetic, not a scalar, means of the last two axes.
+    """Whether kernels support a leaf: not a scalar, with float32 arithmetic, and suitable means.
 
-    Tiles are along these axes, and partial means of other axes would be as large as the leaf,
-    unless they are means of all axes.
+    Means must be over some of the last two axes, along which tiles are, or over all axes. Partial
+    means over other axes would be as large as the leaf.
     """
     shape = operands.update.shape
     ndim = len(shape)
@@ -230,8 +230,8 @@ def _call(
 ) -> list[jax.Array]:
     """Run a kernel that computes compute(i, the i-th tiles, shared) for all tiles.
 
-    Each result overwrites the array at the index in `outputs`, or is partial sums along the axes
-    that the extent in `outputs` lacks.
+    For an index in `outputs`, the result overwrites that array. For an extent, the result is
+    partial sums over the extent's reduced axes.
     """
     key = [] if shared.key is None else [shared.key]
     scalars, tree = jax.tree.flatten(shared._replace(key=None))
@@ -255,7 +255,7 @@ def _call(
     except NotImplementedError as error:
         raise unsupported(grid.shape, error) from error
     hoisted = front(*scalars)
-    # leaves with equal scalars share their vectors; what depends on a leaf's key isn't hoisted
+    # leaves with equal scalars share vectors; computations that depend on the key aren't hoisted
     vectors = [*_pack(hoisted), *([x.astype(jnp.int32).reshape(1, 1) for x in key])]
     specs = [grid.spec(extent) for extent in kinds]
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]

@@ -38,7 +38,7 @@ class Shard(NamedTuple):
     def position(
         self, row: jax.Array, column: jax.Array, width: int, shape: Sequence[int]
     ) -> Position:
-        """Return where a part's elements [row, column : column + width] are in the leaf."""
+        """Return the leaf positions of a part's elements [row, column : column + width]."""
         *leading, last = (jnp.asarray(x, jnp.uint32) for x in self.origin)
         row, column = row.astype(jnp.uint32), column.astype(jnp.uint32)
         if tuple(shape[:-1]) != self.leaf_shape[:-1]:
@@ -70,7 +70,7 @@ class Shard(NamedTuple):
 
 
 def is_unknown(u: jax.Array, sharding: NamedSharding | None) -> bool:
-    """Whether a leaf may have a sharding that only XLA's partitioner knows."""
+    """Whether a leaf may have a sharding that isn't available until XLA partitions the program."""
     kinds = jax.typeof(u).sharding.mesh.axis_types
     if sharding is not None or AxisType.Explicit in kinds or AxisType.Manual in kinds:
         return False

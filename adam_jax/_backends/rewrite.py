@@ -1,6 +1,6 @@
 """Rewrite the computation of a tile for a kernel: fewer instructions, equal up to rounding.
 
-XLA makes most of these changes itself. A kernel's compiler takes what it is given.
+XLA makes most of these changes itself, but compilers of kernels don't.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Site(NamedTuple):
 
 
 Rewriting = Callable[[Site], Any]
-"""Returns a primitive's result in another way, or None to leave it as it is."""
+"""Returns the result of an equation, or None to leave the equation unchanged."""
 
 
 def rewrite(closed: Any, operands: Sequence[Any], rewritings: Mapping[str, Rewriting]) -> list[Any]:
-    """Evaluate a closed jaxpr; traced, it gives a jaxpr with its calls inlined and rewritten."""
+    """Evaluate a closed jaxpr with calls inlined and primitives rewritten; can be traced."""
     jaxpr = closed.jaxpr
     values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= zip(jaxpr.invars, operands, strict=True)
@@ -88,7 +88,7 @@ def as_product(site: Site) -> Any:
 def by_reciprocal(reciprocal: Callable[[Any], Any]) -> Rewriting:
     """Return a rewriting of a division of tiles that uses this function.
 
-    A constant is divided exactly: the inverse of a scale is.
+    Divisions of a constant stay exact, for the inverses of scales.
     """
 
     def rewriting(site: Site) -> Any:
@@ -131,7 +131,7 @@ def _dtype(x: Any) -> Any:
 
 
 def source(x: Any, site: Site) -> Any:
-    """Return the variable or number that x repeats."""
+    """Return the variable or number that x is a broadcast of."""
     while not isinstance(x, Literal):
         made = site.made_by.get(x)
         if made is None or made.primitive.name not in ("broadcast_in_dim", "convert_element_type"):

@@ -1,8 +1,8 @@
 """The computation of a tile in slices of 128 columns, for a TPU's vector unit.
 
-A slice has one block of each quantized moment. What is computed per element runs slice by slice, in
-registers. What is computed per block runs once for all blocks of the tile. A maximum over blocks,
-or a sum over columns, ends a stage: the next stage visits all slices again. Arrays that a later
+A slice has one block of each quantized moment. Elementwise computations run slice by slice, in
+registers. Computations per block run once for all blocks of the tile. A maximum over blocks, or a
+sum over columns, ends a stage: the next stage loops over all slices again. Arrays that a later
 stage needs are kept in scratch memory.
 """
 
@@ -28,7 +28,7 @@ class Stage(NamedTuple):
     whole: list[JaxprEqn]
     """Equations on arrays per block, row, or tile."""
     sliced: list[JaxprEqn]
-    """Equations on slices, which follow."""
+    """Equations on slices, which run after `whole`."""
     maxima: list[JaxprEqn]
     """Maxima over blocks, each read from an array in scratch memory."""
     sums: list[JaxprEqn]
@@ -59,7 +59,7 @@ def fits(extents: Sequence[Extent], columns: int) -> bool:
 def plan(jaxpr: Any, columns: int) -> Plan:
     """Split a jaxpr, whose calls are inlined, for tiles with this many columns."""
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-    level: dict[Any, int] = {}  # the stage in which a variable is known
+    level: dict[Any, int] = {}  # the stage that computes a variable
     ends: dict[int, list[JaxprEqn]] = {}
     for eqn in jaxpr.eqns:
         stage = max((level.get(v, 0) for v in _variables(eqn.invars)), default=0)
@@ -117,9 +117,9 @@ def run(
     Args:
       plan: what to run.
       given: the values of the jaxpr's first variables.
-      tile: references to the others.
-      write: (index of a result, array, its index in the tile), called for each slice of a result,
-        or once.
+      tile: references to the values of the other variables.
+      write: a function (index of a result, array, index in the tile), called once for a result, or
+        for each of its slices.
       scratch: references to float32 arrays of the tile's shape, one for each kept variable.
     """
     jaxpr, columns = plan.jaxpr, plan.columns
@@ -210,7 +210,7 @@ def _name(eqn: JaxprEqn) -> str:
 
 
 def _is_worth_keeping(eqn: JaxprEqn, columns: int) -> bool:
-    """Whether to keep a float rather than compute it again from operands without slices."""
+    """Whether to keep a result in scratch memory: a float32 with a sliced operand."""
     result: Any = eqn.outvars[0]
     return result.aval.dtype == jnp.float32 and _any_sliced(eqn.invars, columns)
 

@@ -64,7 +64,7 @@ class Part(NamedTuple):
     position: Callable[[], Position]
     """Returns the positions of the elements in the leaf, for random bits."""
     block_absmax: BlockAbsmax | None = None
-    """Computes block maxima if this part splits blocks."""
+    """Computes block maxima, if this part needs its own function."""
 
 
 class Step(Protocol):
@@ -78,7 +78,7 @@ class Step(Protocol):
 
     @property
     def batch_axes(self) -> int:
-        """Return how many first axes are a batch, of which each entry has its own means."""
+        """Return the number of leading batch axes; each of their entries has its own means."""
         ...
 
     @property
@@ -98,7 +98,7 @@ def complete(step: Step, operands: Operands, part: Part) -> Result:
 
 
 def mean_sizes(step: Step, operands: Operands) -> list[int]:
-    """Return the number of arrays in each of a step's calls of `mean`."""
+    """Return the number of arrays that a step passes to each call of `mean`."""
     sizes: list[int] = []
 
     def mean(xs: Sequence[jax.Array], batch_axes: int) -> Means:

@@ -1,7 +1,7 @@
-"""A leaf as a TPU's memory has it, in tiles of 8 rows and 128 columns.
+"""A view of a leaf in the tiles of a TPU's memory: 8 rows and 128 columns.
 
-There, splitting rows into blocks copies a leaf. Tiles split it for free: XLA reads the arrays of
-this view where they lie, and the last axis is one block of int8.
+On TPUs, splitting rows into blocks copies a leaf. This view needs no copy, because its tiles have
+the order of the leaf in memory. Its last axis is one block of int8.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def _split(x: jax.Array, extent: Extent) -> jax.Array:
 
 
 def joined(result: Result, step: Step, operands: Operands) -> Result:
-    """Return the results for a leaf from those for its view."""
+    """Convert the results for a leaf's view to results for the leaf."""
     old = Result(step.aliased.of(operands), operands.moments)
     return jax.tree.map(lambda x, like: x.swapaxes(-3, -2).reshape(like.shape), result, old)
 
 
 def positions(shape: Sequence[int]) -> Position:
-    """Return the positions in the leaf, a row of a tile having one row number and one column."""
+    """Return positions in the leaf, with one row and one first column for each row of a tile."""
     *leading, rows, columns = shape
     tiles = (*leading, rows // ROWS, columns // COLUMNS, ROWS, 1)
 

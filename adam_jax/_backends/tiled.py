@@ -1,4 +1,4 @@
-"""A loop over the tiles of a leaf that updates it in place: temporary buffers fit one tile.
+"""A loop over the tiles of a leaf that updates it in place, with temporary buffers of one tile.
 
 Directions overwrite gradients; new parameters overwrite old ones. Each tile is read and computed
 inside a `lax.cond`. Without this boundary, XLA fuses reads of one buffer into writes of another,
@@ -60,7 +60,7 @@ def _execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
 
     def tile_operands(tile: _Tile, old: Result) -> tuple[Operands, Part]:
         output, moments = _as_given(tile.read(old), written)
-        # `old` has sums of the tiles so far in the place of reduced moments
+        # in `old`, sums over the previous tiles replace reduced moments
         moments = map_reduced(lambda _, x: tile.read(x), moments, operands.moments)
         u, g, p = (
             output if x is written.output else tile.read(x)
@@ -188,7 +188,7 @@ class _Tile(NamedTuple):
         return jax.lax.cond(self.i < self.tiles, new, lambda: nothing)
 
     def read(self, tree: Any) -> Any:
-        """Return the tile's part of each array, viewed as rows; of means, one for each element."""
+        """Return the tile's part of each array, viewed as rows, with means broadcast."""
         rows = self._rows()
 
         def part(extent: Extent, x: jax.Array) -> jax.Array:
@@ -200,7 +200,7 @@ class _Tile(NamedTuple):
         return self._map(part, tree, tree)
 
     def write(self, tree: Any, new: Any) -> Any:
-        """Write the tile's part of each array; to sums, add it."""
+        """Write the tile's part of each array, or add it to sums."""
 
         def put(extent: Extent, x: jax.Array, part: jax.Array) -> jax.Array:
             starts, sizes = self._slices(extent)
@@ -214,7 +214,7 @@ class _Tile(NamedTuple):
     def owned(self, new: Any, old: Any, like: Any) -> Any:
         """Return new where an element belongs to this tile, old where it belongs to a neighbor.
 
-        Moments that `like` has as sums are summed over the tile's own elements.
+        Reduced moments become sums over the tile's own elements.
         """
         grid = self.grid
         length = grid.shape[grid.axis]

@@ -22,7 +22,7 @@ class Grid(NamedTuple):
     rows: int
     columns: int
     downwards: bool = False
-    """Whether tiles follow each other along the rows' axis first, for sums in one block."""
+    """Whether the tile's row index varies fastest, for sums that accumulate in one block."""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ class Grid(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Where a kernel writes sums of tiles."""
+    """The destination of a kernel's sums over tiles."""
 
     extent: Extent
     spec: pl.BlockSpec
@@ -155,7 +155,7 @@ def for_registers(shape: tuple[int, ...], block: int, reduced: bool, width: floa
     """Return small tiles for a GPU, whose rows and columns are powers of two.
 
     Tiles split no block. Among the widths with the least padding, the widest is used. With
-    `reduced`, tiles are high, because each writes a sum per column.
+    `reduced`, tiles are tall, because each writes a sum per column.
     """
     del width
     size, most = (8192, 256) if reduced else (2048, 2048)
@@ -173,8 +173,8 @@ def for_vectors(shape: tuple[int, ...], block: int, reduced: bool, width: float)
 
     Tiles span whole rows or a multiple of 128 scales. Merging the leading axes might copy the leaf.
     A TPU runs one tile after the other, so that sums over rows can accumulate in one block. Two
-    tiles of each array must fit in vector memory, next to scratch memory; `width` is their bytes
-    per element.
+    tiles of each array must fit in vector memory, next to scratch memory; `width` is the bytes
+    read and written per element.
     """
     size, lanes = 2**18 if width <= 24 else 2**17, 128
     shape = (*(1 for _ in shape[:-1]), 1, *shape)[-max(2, len(shape)) :]

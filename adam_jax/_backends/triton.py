@@ -69,7 +69,7 @@ def _reciprocal(x: jax.Array) -> jax.Array:
 
 
 def _extremum(assembly: str) -> Rewriting:
-    """Return a rewriting of a maximum or minimum that propagates NaN, which Triton's ignore."""
+    """Return a rewriting of a maximum or minimum that propagates NaN, unlike Triton's own."""
 
     def rewriting(site: Site) -> Any:
         return _ptx(assembly, *site.operands) if is_tile(site.eqn.outvars[0].aval) else None

@@ -1,8 +1,8 @@
 """The step of a shard whose edges split blocks, with scales computed across devices.
 
-Each device has all scales of the leaf. The step uses parts of blocks that no edge splits, each with
-the scale of the block that contains it. Parts are an axis of the arrays, so that XLA computes new
-moments and their maxima in one loop.
+Each device has all scales of the leaf. The step divides blocks into parts that no edge splits, and
+uses a block's scale for each of its parts. Parts are an axis of the arrays, so that XLA computes
+new moments and their maxima in one loop.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from adam_jax.storage._random_bits import Position
 
 
 def execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
-    """Run the step of the whole shard twice: for its new scales, and with them.
+    """Run the step of the whole shard twice: to compute the new scales, and to use them.
 
     Computing new moments twice moves fewer bytes than keeping them in float32 until the devices
-    have exchanged the scales. XLA:CPU compiles both runs to one, and keeps them.
+    have exchanged the scales. XLA:CPU merges both runs, and does keep the moments.
     """
     *rows, columns = operands.update.shape
     old = _quantized(operands.moments)
@@ -47,7 +47,7 @@ def execute_shard(step: Step, operands: Operands, shard: Shard) -> Result:
         return stored.scales[..., block_of_part(stored)][..., None]
 
     def with_new_scales(stored: QuantizedLeaf, new: QuantizedLeaf) -> QuantizedLeaf:
-        """Return an old moment with new scales of blocks, the maxima over their parts."""
+        """Return an old moment with new scales, each the maximum over a block's parts."""
         of_parts = new.scales[..., 0]
         of_parts = jnp.where(jnp.isnan(of_parts), jnp.inf, of_parts)  # a maximum may ignore a NaN
         scales = jnp.zeros_like(stored.scales).at[..., block_of_part(stored)].max(of_parts)

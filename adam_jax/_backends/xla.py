@@ -30,8 +30,8 @@ from adam_jax.storage._random_bits import positions
 def execute_leaf(step: Step, operands: Operands, sharding: NamedSharding | None) -> Result:
     """Run the step of the whole leaf at once.
 
-    On explicit axes, no reshape may split a sharded axis into blocks, and no array without them is
-    broadcast to a sharded one, so lossy state and numbers are updated shard by shard.
+    On explicit mesh axes, JAX neither splits a sharded axis into blocks nor broadcasts an unsharded
+    array to a sharded one. So steps of lossy state and per-leaf numbers run shard by shard.
     """
     axis_types = jax.typeof(operands.update).sharding.mesh.axis_types
     explicit = AxisType.Explicit in axis_types and operands.update.ndim > 0
@@ -67,10 +67,10 @@ def _mean(xs: Sequence[jax.Array], batch_axes: int) -> Means:
 
 
 def orders_writes(platform: str) -> bool:
-    """Whether to write new moments after the new parameter, so that XLA:CPU copies none.
+    """Whether to write new moments after the new parameter, so that XLA:CPU copies no moments.
 
-    XLA:CPU recomputes new moments from the old ones for the direction. If it may do so after it
-    overwrites the old ones, it copies them first, which doubles the time of a bfloat16 step.
+    XLA:CPU recomputes new moments from old moments for the direction. If that can happen after old
+    moments are overwritten, it copies them first, which doubles the time of a bfloat16 step.
     Ordering reads one element of the result, which is local only on a single device.
     """
     return platform == "cpu" and jax.device_count() == 1

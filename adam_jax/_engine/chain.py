@@ -1,4 +1,4 @@
-"""Lift rules to pytrees, in the only loop over leaves.
+"""Lift rules to pytrees.
 
 A `Link` is a rule with its hyperparameters. A `Chain` runs its links leaf by leaf in one pass: each
 link transforms the previous link's output. A step returns the update in the gradient's dtype, or
@@ -56,9 +56,8 @@ class Link:
 
     rule: Rule
     hyperparams: Mapping[str, ScalarOrSchedule]
-    """The rule's hyperparameters."""
     moments: Mapping[str, Moment]
-    """The rule's moments, with the lower bounds that these hyperparameters give."""
+    """The rule's moments; with these hyperparameters, some lower bounds may not limit the step."""
     constants: Mapping[str, Value]
     """The hyperparameters that are Python numbers, converted once."""
     starts: Mapping[str, PyTree]
@@ -86,7 +85,7 @@ class Link:
     def operands(self, count: jax.Array | None, values: Mapping[str, PyTree]) -> dict[str, Value]:
         """Return the values of the hyperparameters after `count` steps.
 
-        `values` has the scalars and hyperparameters of the link with scalars.
+        `values` has the scalars and hyperparameters that `Computed` functions take.
         """
         evaluated = {
             k: v(values) if isinstance(v, Computed) else v
@@ -106,7 +105,8 @@ def link(
 ) -> Link:
     """Check the arguments and return a link.
 
-    `state` is the class of its state, a NamedTuple with the rule's moments and step counts.
+    `state` is the class of the link's state, a NamedTuple with the rule's moments and step counts.
+    If it has no step count but quantized storage needs one, another class replaces it.
     """
     declared: dict[str, PyTree] = {**rule.moments, **rule.scalars}
     starts = {m.start: 0.0 for m in declared.values() if isinstance(m.start, str)}
@@ -140,8 +140,8 @@ def link(
 
 
 def _with_bounds(rule: Rule, constants: Mapping[str, Value]) -> Mapping[str, Moment]:
-    """Return the rule's moments. A moment whose lower bound is 0 doesn't limit the step."""
-    if rule.hyperparams.keys() - constants.keys():  # a schedule or an array: unknown
+    """Return the rule's moments, with `bounds_step` False if the lower bound is 0."""
+    if rule.hyperparams.keys() - constants.keys():  # schedules and arrays have no fixed bound
         return rule.moments
     with jax.ensure_compile_time_eval():
         bounds = rule.bounds([jnp.ones(())] * len(rule.moments), constants)
@@ -155,7 +155,7 @@ class Chain:
     """Links that run on every leaf in sequence.
 
     If `bare`, the state of the main link, which has the moments, is the chain's state; the other
-    links have at most its step count. Otherwise, the state is a tuple with one state per link, as
+    links use at most its step count. Otherwise, the state is a tuple with one state per link, as
     in `optax.chain`. Errors at init and update begin with `name`.
     """
 
@@ -286,7 +286,7 @@ class Chain:
         steps: Sequence[_StepScalars],
         stepped: Sequence[SteppedLeaf],
     ) -> PyTree:
-        """Return the new state: moments, scalars, and counts, and `MaskedState` if masked."""
+        """Return the new state: moments, scalars, and counts, in a `MaskedState` if masked."""
         new = []
         for k, (link, state, step) in enumerate(zip(self.links, states, steps, strict=True)):
             moments = {
@@ -402,7 +402,7 @@ class SteppedLeaf(NamedTuple):
     moments: Sequence[tuple[Stored, ...]]
     """The moments of each link."""
     sums: Sequence[Sequence[jax.Array]]
-    """The terms of each link's totals; empty if the link doesn't act on the leaf."""
+    """Each link's sums over the leaf; empty if the link doesn't act on the leaf."""
 
 
 class Tree:
@@ -468,7 +468,7 @@ class _StepScalars(NamedTuple):
         return cls(next(iter(counts.values()), None), {**operands, **scalars}, counts)
 
     def cast(self, dtype: jax.typing.DTypeLike) -> dict[str, PyTree]:
-        """Return the scalars and the step by name, in one dtype."""
+        """Return the scalars, the hyperparameters, and the step `t` by name, in one dtype."""
         values = {**self.operands, **({} if self.t is None else {"t": self.t})}
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), values)
 
@@ -483,14 +483,14 @@ def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTre
     if masked or _policy.is_function(link.storage):
         return
     moments = [getattr(state, moment) for moment in link.rule.moments]
-    asked = [m for m in moments if _moments.is_in_trees(m)]
-    stored = [x for moment in asked for x in _moments.leaves(moment, params).values()]
+    in_trees = [m for m in moments if _moments.is_in_trees(m)]
+    stored = [x for moment in in_trees for x in _moments.leaves(moment, params).values()]
     if stored and not any(map(_moments.is_lossy, stored)):
         warnings.warn(
-            f"{name}: storage={_policy.describe_storage(link.storage)} must find a leaf to "
-            f"quantize (real, at least {MIN_SIZE} elements, last axis longer than 1) or to reduce "
-            f"(two axes), but fits none of {len(leaves)} leaves; omit storage, or pass a function "
-            f"that returns the format, storage=lambda path, leaf: ...",
+            f"{name}: storage={_policy.describe_storage(link.storage)} must fit a leaf (real, at "
+            f"least {MIN_SIZE} elements, with a last axis longer than 1 to be quantized, or two "
+            f"axes to be reduced), but fits none of {len(leaves)} leaves; omit storage, or pass a "
+            f"function that returns the format, storage=lambda path, leaf: ...",
             stacklevel=4,
         )
 
@@ -513,7 +513,7 @@ def _flags(mask: Mask, updates: PyTree) -> list[bool]:
 
 
 def is_mask_function(mask: Mask) -> TypeGuard[Callable[[optax.Updates], PyTree]]:
-    """Whether a mask is a function, not a tree that can be called, such as an Equinox module."""
+    """Whether a mask is a function rather than a callable tree, such as an Equinox module."""
     return callable(mask) and all(map(callable, jax.tree.leaves(mask)))
 
 

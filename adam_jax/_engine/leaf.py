@@ -58,7 +58,7 @@ class Settings(NamedTuple):
     execute_leaf: Callable[[Step, Operands, NamedSharding | None], Result]
     emit_params: bool
     by_addition: bool
-    """Whether `optax.apply_updates` is to make the new parameter; see `round_to_param`."""
+    """Whether `optax.apply_updates` computes the new parameter; see `round_to_param`."""
     sharding: NamedSharding | None
 
 
@@ -67,7 +67,7 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
     """Step a leaf; the trace depends only on `settings`, shapes, and dtypes.
 
     `operands.moments` has only the moments of rules that act on the leaf. If the rules have totals,
-    it ends with a tuple of zeros like their sums over the leaf.
+    it ends with a tuple of zeros, one for each total.
     """
     stages, layout, execute_leaf, emit_params, by_addition, sharding = settings
     shape, batches = np.shape(operands.update), _batch_axes(stages, operands.moments)
@@ -87,7 +87,7 @@ def run_leaf(operands: Operands, seeds: Seeds | None, *, settings: Settings) -> 
 
 
 def _batch_axes(stages: Stages, moments: Moments) -> tuple[int, ...]:
-    """Return how many first axes are a batch for each active rule: its numbers have these axes."""
+    """Return the number of batch axes of each active rule: the axes of its per-leaf numbers."""
     rules = [stage[0] for stage in stages if stage is not None]
     return tuple(
         max(
@@ -99,7 +99,7 @@ def _batch_axes(stages: Stages, moments: Moments) -> tuple[int, ...]:
 
 
 def _with_numbers(stages: Stages, operands: Operands) -> Moments:
-    """Return the moments and totals of a leaf, numbers per leaf as a `NumberLeaf`."""
+    """Return a leaf's moments and totals, with per-leaf numbers in a `NumberLeaf`."""
     ndim = np.ndim(operands.update)
     dtype = real_dtype(*_moments.dtypes(operands[:4]))
     rules = [stage[0] for stage in stages if stage is not None]
@@ -140,7 +140,7 @@ class LeafStep(NamedTuple):
     by_addition: bool
     shape: tuple[int, ...]
     batches: tuple[int, ...]
-    """How many first axes are a batch, for each rule that acts on the leaf."""
+    """The number of leading batch axes, for each rule that acts on the leaf."""
     platform: str
 
     @property
@@ -203,7 +203,7 @@ class LeafStep(NamedTuple):
         """Return random bits for the parameter if k = 1, else for a moment of rule k - 2."""
         if seeds is None:
             return None
-        by_row = self.platform != "gpu"  # where a loop costs a launch
+        by_row = self.platform != "gpu"  # on GPU, a loop over rows costs a launch
         return random_bits(seeds[0], seeds[k], part.position(), name, by_row=by_row)
 
 
@@ -245,12 +245,12 @@ def _encode(
 ) -> tuple[Stored, ...]:
     """Encode the new moments of one rule in the formats of its old moments.
 
-    A reduced moment is summed over the arrays' axes; `run_leaf` divides it. One number per leaf is
-    the sum of its first element and zeros, which is exact.
+    A reduced moment is summed over its reduced axes; `run_leaf` divides the sums. For one number
+    per leaf, all elements but the first are set to 0 before the sum, which is then exact.
 
     Only a gradient that isn't finite makes its block NaN. If the square of a finite gradient
     overflows, the largest finite number replaces Inf. A signed moment in the same blocks shows
-    whether the gradient is finite. Without one, this costs three instructions per element.
+    whether the gradient is finite. Without one, the check costs three instructions per element.
     """
     encoded: dict[str, Stored] = {}
     bits_of = _bits_of_pairs(list(rule.moments), functools.partial(draw, seeds))
@@ -262,7 +262,7 @@ def _encode(
             encoded[name] = sums(jnp.where(_is_first(part, step.shape, batch_axes), x, 0), stored)
             continue
         if _moments.is_reduced(stored):
-            # no sum overflows, a gradient that isn't finite makes NaN, and NaN stays
+            # clip x so that its sum can't overflow; add NaN if the gradient isn't finite
             largest = float(jnp.finfo(x.dtype).max) / math.prod(step.shape)
             x = jnp.where(x > largest, largest, x) + 0 * jnp.abs(received)
             encoded[name] = sums(x, stored)

@@ -35,7 +35,7 @@ class Part(NamedTuple):
     total: Callable[[PyTree], PyTree] = _unchanged
     """(sums over this part) → sums over all parts, which are only complete in the last part."""
     carrier: Key | None = None
-    """A leaf of another part, whose gradient has the norm of all other parts' gradients."""
+    """A leaf added from another part; its gradient has the norm of all other gradients."""
 
 
 _part: contextvars.ContextVar[Part] = contextvars.ContextVar("part", default=Part())  # noqa: B039
@@ -43,7 +43,7 @@ _part: contextvars.ContextVar[Part] = contextvars.ContextVar("part", default=Par
 
 @contextlib.contextmanager
 def stepping(part: Part) -> Generator[None, None, None]:
-    """Make `part` known to the transformations that step it."""
+    """Set the part that transformations step inside this context."""
     token = _part.set(part)
     try:
         yield
@@ -60,11 +60,11 @@ def seed_of_layer(seed: np.uint32) -> np.uint32 | jax.Array:
 def total(sums: PyTree) -> PyTree:
     """Return sums over all parts of the parameters, from sums over this part.
 
-    Only the last part's result is complete; the results of a step of another part are discarded.
+    Only the last part's result is complete; earlier parts' results are discarded.
     """
     return _part.get().total(sums)
 
 
 def own(leaves: Mapping[Key, T]) -> dict[Key, T]:
-    """Return the leaves that belong to this part, to sum over."""
+    """Return the leaves to sum over: all except `Part.carrier`."""
     return {key: x for key, x in leaves.items() if key != _part.get().carrier}

@@ -21,7 +21,7 @@ class SplitParam(NamedTuple):
 
     value: jax.Array
     residual: jax.Array | None
-    """The float32's 16 lower bits as int16, or their upper half as int8; None if dropped."""
+    """The float32's bits minus the value's, as int16, or their upper half as int8; or None."""
     seed: jax.Array | None
     """The uint32 seed of random bits; None if nothing is rounded stochastically."""
 
@@ -90,7 +90,7 @@ def round_to_param(
     dropped = 16 if p.residual is None else _dropped_bits(p.residual.dtype)
     if random is not None:  # round up with the probability that makes the mean exact
         bits += (random >> (32 - dropped)).astype(jnp.int32)  # the high bits are best mixed
-    # with a residual, from -half to half - 1, the value is rounded to nearest
+    # adding `half` rounds to nearest, so that the residual is in [-half, half)
     half = 0 if p.residual is None else 0x8000
     shifted = jnp.where(is_finite, bits, exact & ~0xFFFF) + half
     value = _float(shifted & ~0xFFFF)

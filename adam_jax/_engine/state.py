@@ -95,7 +95,7 @@ def count_fields(state: type[State], others: Iterable[str]) -> tuple[str, ...]:
 
 
 def moments(state: PyTree) -> dict[str, PyTree]:
-    """Return the moments in an optimizer's state as float32 trees, whatever their storage.
+    """Return the moments in an optimizer's state as float32 trees, from any storage format.
 
     Args:
       state: the state of an adam_jax or Optax optimizer, or of a chain with one; also
@@ -107,7 +107,7 @@ def moments(state: PyTree) -> dict[str, PyTree]:
       its axes, and NovoGrad's nu is a number per leaf.
 
     Raises:
-      ValueError: the state has no moments, or several of one name (with the paths shown).
+      ValueError: the state has no moments, or several with one name; the error shows their paths.
 
     >>> import adam_jax, jax.numpy as jnp
     >>> tx = adam_jax.adamw(1e-3)
@@ -141,7 +141,7 @@ def step_count(state: PyTree) -> jax.Array:
       state: a state with a step count anywhere inside; also `nnx.Optimizer.opt_state`.
 
     Returns:
-      an int32 scalar: the count next to the moments or, without one, a schedule's count.
+      an int32 scalar: the count next to the moments or, without one, the state's first count.
 
     Raises:
       ValueError: the state has no step count.
@@ -163,14 +163,14 @@ def step_count(state: PyTree) -> jax.Array:
 
 
 def reset_step_count(state: PyTree, pattern: str | None = None) -> PyTree:
-    """Return an optimizer's state whose steps count from 0 again, with the same moments.
+    """Return an optimizer's state with its step counts set to 0 and its moments unchanged.
 
     Bias correction restarts with old moments, so Adam's next step is (1 - b2)^½/(1 - b1) times as
-    long, 0.32 by default, and larger gradients at a new target don't cause a large step. Schedules
+    long, 0.32 by default. So larger gradients at a new target don't cause a large step. Schedules
     of the moments' hyperparameters, such as b2, restart, too. Schedules of the learning rate and of
-    weight decay continue, and so do the counts of wrappers such as `master_weights`. But in
-    `prodigy` and `novograd`, which have one count as in Optax, schedules restart, too. Rules with a
-    special first step (`adan`, `adopt`, `grokfast`, `novograd`) repeat it.
+    weight decay continue, and so do the counts of wrappers such as `master_weights`. Exceptions:
+    all schedules of `prodigy` restart, and so does the weight decay of `novograd`, as in Optax.
+    Rules with a special first step (`adan`, `adopt`, `grokfast`, `novograd`) repeat it.
     Source: Ellis et al. (2024), Adam on Local Time (Adam-Rel): in reinforcement learning, reset the
     count whenever the target changes, such as at each new batch of rollouts in PPO.
 

@@ -20,8 +20,8 @@ Source: TypeAlias = Any
 class Update:
     """The `update` function of one of our transformations, with attributes for wrappers.
 
-    The attributes are here because the transformation would lose them: `tx._replace(init=...)` and
-    Optax's wrappers build a new NamedTuple from `tx.init` and `tx.update`.
+    They aren't attributes of the transformation, because `tx._replace(init=...)` and Optax's
+    wrappers build a new NamedTuple from `tx.init` and `tx.update` only.
     """
 
     function: UpdateFunction
@@ -35,12 +35,12 @@ class Update:
     emits_params: bool = False
     """Whether `function` takes (updates, state, params, extra, emit_params).
 
-    With `emit_params`, it returns new parameters in place of updates. It accepts `SplitParam`
-    parameters. `emit_params` isn't in `extra`, because `extra` belongs to the user.
+    With `emit_params`, it returns new parameters instead of updates. Parameters may be
+    `SplitParam`s. `emit_params` isn't in `extra`, because `extra` belongs to the user.
     """
 
     exact: bool = False
-    """Whether its updates are exact and must not be changed."""
+    """Whether no later transformation may change the updates; see `master_weights`."""
 
     def __call__(
         self,
@@ -106,7 +106,7 @@ def is_exact(tx: optax.GradientTransformation) -> bool:
 
 
 def describe(tx: optax.GradientTransformation) -> str:
-    """Return the repr of one of our transformations, or the name of Optax's constructor."""
+    """Return the repr of one of our transformations, or the name of an Optax constructor."""
     if isinstance(tx, Transformation):
         return repr(tx)
     made_by = getattr(tx.update, "__qualname__", "?")  # in Optax: clip.<locals>.update_fn

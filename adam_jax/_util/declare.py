@@ -31,7 +31,7 @@ class Moment(NamedTuple):
     signed: bool
     start: float | str | Start = 0.0
     average: bool = True
-    """Whether it is an exponential average, so that the mean over an axis is an average, too."""
+    """Whether it is an exponential average, so that its mean over an axis is one, too."""
     round_down: bool = False
     """Whether quantized storage rounds it down. Stochastic rounding would bias a maximum, which
     keeps every value that was rounded up."""
@@ -53,7 +53,7 @@ class Moment(NamedTuple):
         return self._replace(start=start)
 
     def per_leaf(self) -> Moment:
-        """Return the moment with one number per leaf, such as a norm, in float32.
+        """Return the moment with one number per leaf, such as a norm, in at least float32.
 
         The rule reads and returns an array of the leaf's shape with equal elements. `storage=`
         doesn't apply to it.
@@ -139,7 +139,7 @@ class Rule:
     def next_scalars(self, values: Mapping[str, PyTree]) -> Mapping[str, jax.Array]:
         """Return the scalars after a step.
 
-        `values` has the totals and the scalars, hyperparameters, and step of this step.
+        `values` has the totals, and the current scalars, hyperparameters, and `t`.
         """
         if self.update_scalars is None:
             return {}
@@ -229,9 +229,9 @@ def rule(
             reserved = name in ("count", *INPUTS[:1], *INPUTS[2:]) or name.startswith("_")
             if not isinstance(field, (Moment, Scalar)) or reserved:
                 raise TypeError(
-                    f"rule {step.__name__}: {name} must be a moment or a scalar, got {field!r}; "
-                    f"declare it signed, positive, or scalar; its name can't be count, t, p, mean, "
-                    f"or size, or begin with _"
+                    f"rule {step.__name__}: {name} must be a moment or a scalar, named other than "
+                    f"count, t, p, mean, size, or _…, got {field!r}; declare it signed, positive, "
+                    f"or scalar, or rename it"
                 )
         if positional[1:] != list(moments):
             raise TypeError(

@@ -88,7 +88,7 @@ def in_range(name: str, value: Any, allowed: Range | None) -> None:
 def hyperparam(name: str, value: Any) -> None:
     """Check the type of a hyperparameter, and its range if it is a number."""
     if value is inspect.Parameter.empty:
-        raise type_error(f"the hyperparameter {name!r} has no default; give {name}=")
+        raise type_error(f"{name!r} must be given, got no value; pass {name}=...")
     in_range(name, value, range_of(name))
     if isinstance(value, (*NUMBERS, Decay)):
         return
@@ -107,8 +107,8 @@ def schedule(name: str, value: Any) -> None:
     """Check that a schedule takes one argument, the step count."""
     if not _takes(value, 1):
         raise type_error(
-            f"{name} must be a number, a scalar array, or a schedule, which is a function of the "
-            f"step count, got {_shown(value)}, which cannot be called with one argument; "
+            f"{name} must be a number, a scalar array, or a function of the step count, got "
+            f"{_shown(value)}, which cannot be called with one argument; "
             f"write lambda count: ..., or call the function that makes the schedule, e.g. "
             f"optax.cosine_decay_schedule(1e-3, 10_000)"
         )
@@ -267,7 +267,7 @@ def known_hyperparams(given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             raise type_error(
-                f"unknown hyperparameter {name!r}; the known ones are {', '.join(known) or 'none'}"
+                f"hyperparameters must be among {', '.join(known) or 'none'}, got {name!r}"
             )
 
 
@@ -280,8 +280,8 @@ def leaf(what: str, path: KeyPath, x: PyTree) -> None:
         return
     kind = "a PRNG key" if _is_key(dtype) else f"type {dtype or type(x).__name__}"
     raise type_error(
-        f"{_at(what, path)} must be floating point or complex, got {kind}; keep it out of the "
-        f"optimizer, e.g. with optax.masked or optax.partition, or make it a float"
+        f"{_at(what, path)} must be floating point or complex, got {kind}; exclude it "
+        f"from the optimizer, e.g. with optax.masked or optax.partition, or make it a float"
     )
 
 
@@ -353,11 +353,11 @@ def parameter(
     if p is None and not rules and not applied:
         return
     if p is None:
-        needy = "apply" if applied else rules[0].name
+        needed_by = "apply" if applied else rules[0].name
         if rules and "weight_decay" in rules[0].hyperparams:
-            needy = "weight_decay"
+            needed_by = "weight_decay"
         raise value_error(
-            f"{needy} needs the parameters, got none for {_at('the gradient of', path)}; "
+            f"{needed_by} needs the parameters, got none for {_at('the gradient of', path)}; "
             f"call update(gradients, state, params)"
         )
     _equal_shapes(path, gradient, "parameter", p)
@@ -415,7 +415,7 @@ def outputs(rule: Rule, u: jax.Array, old: Sequence[jax.Array], new: Sequence[ja
 
 
 def structure(what: str, gradients: PyTree, tree: PyTree) -> ValueError:
-    """Return the error for gradients whose tree structure differs from that of `what`."""
+    """Return the error for gradients whose tree structure doesn't match `what`."""
     ours, theirs = (_paths(t) for t in (gradients, tree))
     missing, extra = sorted(theirs - ours), sorted(ours - theirs)
     found = [
@@ -524,7 +524,7 @@ def above_zero(name: str, value: Any) -> None:
 
 def at_least(low: int, name: str, value: Any) -> None:
     if isinstance(value, NUMBERS) and not value >= low:
-        raise value_error(f"{name} must be >= {low} or None, got {value}")
+        raise value_error(f"{name} must be >= {low}, got {value}")
 
 
 def not_a_schedule(name: str, value: Any, because: str = " here") -> None:
@@ -544,7 +544,7 @@ def not_convertible(moments: Iterable[Sequence[str]], why: str) -> None:
     named = "; ".join(", ".join(names) for names in moments)
     raise value_error(
         f"cannot convert the moments {named}, {why}; both states must belong to "
-        f"one variant and to the same parameters, else start over with tx.init(params)"
+        f"one variant and to the same parameters; otherwise, use tx.init(params)"
     )
 
 
@@ -580,7 +580,7 @@ def no_wider_than_float32(path: KeyPath, x: PyTree) -> None:
     if dtype in (jnp.float64, jnp.complex128):
         raise value_error(
             f"{_at('the parameter', path)} must be no wider than its float32 master, got {dtype}; "
-            f"keep it out, e.g. with optax.partition, or make it bfloat16 or float32"
+            f"exclude it, e.g. with optax.partition, or make it bfloat16 or float32"
         )
 
 
@@ -665,7 +665,7 @@ def needing_extra(what: str) -> Generator[None, None, None]:
 
 
 def requires(function: Any, number: int) -> bool:
-    """Whether a function has this many positional parameters without defaults."""
+    """Whether a function has *args, or at least `number` positional parameters without defaults."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return True

@@ -32,7 +32,7 @@ def real_dtype(*dtypes: jax.typing.DTypeLike) -> np.dtype:
 class Decay:
     """A decay rate b with log b and 1 - b, which float32 cannot recover from b.
 
-    It is a number in formulas: ``1 - b`` and ``b**t`` use the stored digits.
+    In formulas, it acts like a number: ``1 - b`` and ``b**t`` use the stored digits.
 
     >>> b = decay_rate(0.999999)
     >>> round(float(1 - b), 12)  # 1 - float32(0.999999) is 1.0132789e-06
@@ -154,7 +154,7 @@ def inner(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def norm(x: jax.Array, batch_axes: int = 0) -> jax.Array:
-    """Return ‖x‖, or the norm of each entry of its first axes; 0 if it has no other axes."""
+    """Return ‖x‖, or one norm for each entry of the batch axes; 0 if x has no other axes."""
     if x.ndim < batch_axes + (batch_axes > 0):
         return jnp.zeros((), x.real.dtype)
     return jnp.sqrt(jnp.sum(abs_sq(x), axis=tuple(range(batch_axes, x.ndim))))

@@ -26,7 +26,7 @@ known_shardings = contextvars.ContextVar("known_shardings", default={})  # noqa:
 
 @contextlib.contextmanager
 def making_known(shardings: Mapping[Key, NamedSharding]) -> Generator[None, None, None]:
-    """Make the shardings of leaves known to inner steps.
+    """Set `known_shardings` for the steps in this context.
 
     On automatic mesh axes, a traced array has no sharding, and the transformations in between can't
     pass one. So the wrapper that chooses the shardings passes them by the leaves' keys.
@@ -41,7 +41,7 @@ def making_known(shardings: Mapping[Key, NamedSharding]) -> Generator[None, None
 def known_mesh(tree: PyTree) -> contextlib.AbstractContextManager[object]:
     """Return a context with the explicit mesh of a tree's types, if they have one.
 
-    Without it, an array that is made like one of them isn't sharded like it.
+    Without it, `jnp.zeros_like(x)` and similar calls don't keep the sharding of x.
     """
     meshes = [x.sharding.mesh for x in jax.tree.leaves(tree) if x.sharding is not None]
     explicit = [mesh.abstract_mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
@@ -59,7 +59,7 @@ def parts(mesh: Mesh | AbstractMesh, entry: PyTree) -> int:
 
 
 def drop_indivisible(mesh: Mesh | AbstractMesh, spec: P, shape: Sequence[int]) -> P:
-    """Return the spec with one entry per axis; None if the devices don't divide the axis."""
+    """Return the spec with one entry per axis: None for axes that the devices don't divide."""
     entries = [*spec, *[None] * (len(shape) - len(spec))]
     divided = [n % parts(mesh, e) == 0 for n, e in zip(shape, entries, strict=True)]
     return P(*(e if d else None for e, d in zip(entries, divided, strict=True)))

@@ -53,9 +53,9 @@ def rebox(box: PyTree, content: PyTree) -> PyTree:
 
 
 def rebox_reduced(box: PyTree, content: PyTree) -> PyTree:
-    """Return `content` in a box like Linen's `box`, without names for axes of another size.
+    """Return `content` in a box like Linen's `box`, without the names of axes whose size differs.
 
-    Boxes of another rank, and NNX's, have metadata that doesn't fit: these return the content.
+    If the rank differs, or for NNX's boxes, the metadata doesn't fit, so return `content` unboxed.
     """
     names, shape = getattr(box, "names", ()) or (), getattr(unbox(box), "shape", ())
     if not is_box(box) or not hasattr(box, "replace_boxed") or len(names) != len(shape):
@@ -131,7 +131,7 @@ def not_matching(*patterns: str) -> Callable[[PyTree], PyTree]:
 
 
 def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[PyTree], PyTree]:
-    found = search("matching", *patterns)
+    found = search(caller, *patterns)
     warned = False
 
     def warn_without_match(tree: PyTree) -> None:
@@ -154,8 +154,9 @@ def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[
     def mask(tree: PyTree) -> PyTree:
         if hasattr(tree, "dtype") and jnp.issubdtype(tree.dtype, jnp.integer):
             raise TypeError(
-                f"{caller}: the mask must be given parameters, got a number; name it in "
-                f"static_args of optax.inject_hyperparams, which calls it as a schedule otherwise"
+                f"{caller}: the mask must be given parameters, got a number; list its "
+                f"argument in static_args of optax.inject_hyperparams, which otherwise calls the "
+                f"mask as a schedule"
             )
         flags = map_with_path(lambda path, _: found(path_string(path)) is wanted, tree)
         if patterns and not warned and wanted not in jax.tree.leaves(flags):

@@ -46,8 +46,8 @@ def descend(
 ) -> Chain:
     """Return the chain of a direction, weight decay, and a learning rate.
 
-    `scale` comes after weight decay; `momentum` comes after the learning rate. With weight decay or
-    `cautious`, `momentum` comes right after the direction, so it averages only that.
+    `scale` comes after weight decay. `momentum` comes last. But with weight decay or `cautious`, it
+    comes right after the direction, so that it averages only the direction.
     """
     del storage  # already used by `direction`
     mask = errors.one_mask(mask, weight_decay_mask)
@@ -89,9 +89,9 @@ def _decay(
 def step_on_sphere(
     learning_rate: ScalarOrSchedule, mask: Mask, batch_axes: int
 ) -> tuple[Link, Link]:
-    """Return the links that step masked leaves at a constant norm, and others by -η·u.
+    """Return the links that step selected leaves at a constant norm, and others by -η·u.
 
-    The default mask has the leaves with at least two axes besides the batch.
+    By default, `mask` selects leaves with at least two axes besides `batch_axes`.
     """
     is_integer = isinstance(batch_axes, (int, np.integer)) and not isinstance(batch_axes, bool)
     if not is_integer or batch_axes < 0:

@@ -1,4 +1,4 @@
-"""Decorators that give a constructor argument checks, a repr, and a full signature."""
+"""Decorators that add argument checks, a repr, and a full signature to a constructor."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Entry:
 
     @functools.cached_property
     def state(self) -> tuple[str, ...]:
-        """Return the names of the state's parameter-shaped arrays, with default arguments."""
+        """Return the names of the state's parameter-shaped arrays, for default arguments."""
         shape = (7,)  # differs from a step count's
         init = self.constructor(1.0).init
         state = jax.eval_shape(init, jax.ShapeDtypeStruct(shape, jnp.float32))

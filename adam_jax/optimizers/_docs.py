@@ -22,11 +22,11 @@ ARGUMENTS = {
 }
 
 ENDING = """Returns:
-  an `optax.GradientTransformationExtraArgs`. Any number that isn't used in init may be a schedule.
+  an `optax.GradientTransformationExtraArgs`. Most numbers may be schedules; errors name the rest.
 
 Raises:
   ValueError: a number or name is invalid; at update, gradients don't match the parameters.
-  TypeError: a leaf is not floating point."""
+  TypeError: a leaf is neither floating point nor complex."""
 
 
 def complete(text: str, signature: inspect.Signature) -> str:

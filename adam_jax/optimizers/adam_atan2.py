@@ -54,7 +54,7 @@ def adam_atan2(
     and Optimizers, section 4.
 
     Args:
-      a: ≥ 0, the scale of the direction; 4/π ≈ 1.27 makes a·atan2(1, 1) one.
+      a: ≥ 0, the scale of the direction; with 4/π ≈ 1.27, a·atan2(1, 1) = 1.
       b: ≥ 0, the scale of the denominator.
 
     >>> tx = adam_atan2(1e-3)

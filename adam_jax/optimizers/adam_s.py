@@ -43,7 +43,7 @@ def adam_s(
     weight_decay: ScalarOrSchedule = 1e-4,
     **options: Unpack[MaskOptions],
 ) -> Chain:
-    """AdamS: AdamW with the previous momentum's square in place of the average squared gradient.
+    """AdamS: AdamW whose second moment is computed from the previous momentum, not stored.
 
     It has one moment, and AdamW's hyperparameters. There is no bias correction, so the first step
     is (1 - b1)/√(1 - b2) times as long as AdamW's, 0.45 by default.

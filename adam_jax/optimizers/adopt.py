@@ -64,7 +64,7 @@ def adopt(
     with Any β2 with the Optimal Rate, Algorithm 2.
 
     Args:
-      eps: ≥ 0, a lower bound of the denominator.
+      eps: ≥ 0, a lower bound on the denominator.
       nesterov: average the normalized gradient into the momentum once more.
       use_clipping: whether to clip the normalized gradient to ±clip_value_fn(t - 1).
       clip_value_fn: the bound; None for a fourth root, as in the paper.

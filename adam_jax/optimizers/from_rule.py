@@ -27,15 +27,15 @@ def scale_by_rule(
       rule: a declared variant; see `rule`.
       storage: the format of the moments: "float32", "bfloat16", "int8", "float64", "factored" or
         `storage.mean(axis)` (for non-negative averages), or "compact" (int8, with averages
-        factored if that can't make a step large); a mapping to formats from moments or from the
-        kinds "signed" and "positive"; or a function (path, leaf) that returns one of these. By
-        default, a moment has its parameter's dtype (float32 for float16 parameters). bfloat16 and
-        int8 are rounded stochastically. Leaves under 4096 elements are neither quantized nor
-        reduced, unless a function returns the format.
+        factored if that can't make a step large). Or a mapping to formats, keyed by moment or by
+        the kinds "signed" and "positive", or a function (path, leaf) that returns a format. By
+        default, a moment has its parameter's dtype (float32 for float16 parameters). int8 and, if
+        the state has a step count, bfloat16 are rounded stochastically. Only a function can
+        quantize or reduce leaves under 4096 elements.
       implementation: how a leaf's step is executed. "xla" leaves it to XLA; "stream" runs it in
         tiles, in place; "pallas" runs it in a kernel, compiled on GPUs and TPUs and interpreted on
-        CPUs, which is slow; "auto" uses a kernel (tiles on CPUs) for quantized or reduced moments,
-        and "xla" otherwise.
+        CPUs, which is slow; "auto" uses a kernel (tiles on CPUs) mainly for quantized or reduced
+        moments, and "xla" otherwise.
       **hyperparams: the rule's hyperparameters: numbers, scalar arrays, or schedules of the step
         count; required unless they have defaults.
 

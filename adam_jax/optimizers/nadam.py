@@ -85,7 +85,7 @@ def nadam(
       nesterov: False gives `adam`, as in Optax.
       momentum_decay: None for a constant momentum, as in Optax, or d ≥ 0 (0.004 in
         PyTorch, 1.0 in Keras) for b1·(1 - ½·0.96^(t·d)).
-      correction: what the look-ahead momentum is divided by; see `nadamw`.
+      correction: the bias correction of the look-ahead momentum; see `nadamw`.
 
     >>> nadam(1e-3, momentum_decay=0.004)  # torch.optim.NAdam
     nadam(learning_rate=0.001, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, \
@@ -131,9 +131,9 @@ def nadamw(
       nesterov: False gives `adamw`, as in Optax.
       momentum_decay: None for a constant momentum, as in Optax, or d ≥ 0 (0.004 in
         PyTorch, 1.0 in Keras) for b1·(1 - ½·0.96^(t·d)).
-      correction: what the look-ahead momentum b1·mu + (1 - b1)·g is divided by: "optax" divides mu
-        by 1 - b1^(t+1), and g by 1 - b1^t; "algoperf" divides both by 1 - b1^t, as AlgoPerf's
-        NAdamW (Choi et al. 2019, Table 1).
+      correction: the bias correction of b1·mu + (1 - b1)·g, the look-ahead momentum. "optax"
+        divides mu by 1 - b1^(t+1), and g by 1 - b1^t. "algoperf" divides both by 1 - b1^t, like
+        AlgoPerf's NAdamW (Choi et al. 2019, Table 1).
 
     >>> tx = nadamw(1e-3, weight_decay=0.05)
     """
@@ -155,7 +155,7 @@ def _along(
     correction: Correction,
     storage: Storage,
 ) -> Link:
-    """Return the direction of NAdam, or without Nesterov momentum of Adam."""
+    """Return the direction of NAdam, or of Adam if not `nesterov`."""
     if not nesterov:
         return link_of(scale_by_adam)(*arguments, storage=storage)
     return link_of(scale_by_nadam)(

@@ -86,8 +86,8 @@ def rmsprop(
     Source: Tieleman & Hinton (2012), lecture 6.5; Graves (2013) for the centered form.
 
     Args:
-      decay: decay rate of the average squared gradient, in [0, 1).
-      eps: ≥ 0, added inside the root, or to it.
+      decay: decay rate of the average squared gradient, in [0, 1].
+      eps: ≥ 0, added inside the root or, if not `eps_in_sqrt`, to the root.
       initial_scale: ≥ 0, the initial nu: 0 in PyTorch, 1 in TensorFlow 1.
       eps_in_sqrt: whether eps is inside the root; PyTorch adds it to the root.
       centered: divide by the standard deviation instead.

@@ -75,7 +75,7 @@ def schedule_free_adamw(
     """
     errors.above_zero("b1", b1)
     formats = with_dtype(options.get("storage"), "z", "state_dtype", state_dtype)
-    z_storage = unquantized(formats, "z", "which holds parameters: each rounding would change them")
+    z_storage = unquantized(formats, "z", "because rounding z changes the parameters")
 
     scheduled = warmup_steps is not None or callable(learning_rate)
     rate_state = optax.ScaleByScheduleState if scheduled else None
@@ -102,14 +102,14 @@ def schedule_free_adamw(
             rise = jnp.minimum((count + 1).astype(dtype) / max(warmup_steps, 1), 1)
         return jnp.asarray(rate, dtype) * rise
 
-    # raises for bad arguments; `record` reads the learning rate
+    # check the arguments now, and keep a chain from which `record` reads the learning rate
     rate: PyTree = warmed_up if scheduled else learning_rate
     checked = chain(rate, 0.0)
 
     def init(params: optax.Params) -> PyTree:
         states: PyTree = chain(0.0, 0.0).init(params)
         *base, iterate = states
-        without_leaves = is_in_trees(iterate.z)  # z is in trees only without leaves
+        without_leaves = is_in_trees(iterate.z)  # otherwise, z isn't quantized
         z = iterate.z[0] if without_leaves else iterate.z
         z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), z, params)
         dtype = real_dtype(*(x.dtype for x in jax.tree.leaves(z)))

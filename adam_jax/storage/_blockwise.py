@@ -64,7 +64,7 @@ class Code:
       round_down: y → codes, rounded down, possibly to zero, for a running maximum. Without it, a
         running maximum is rounded to nearest.
       least: the smallest positive y that a non-negative moment is encoded from; smaller positive
-        numbers become this one. If it has a code of its own, no positive number becomes zero.
+        numbers become this one. If its code isn't zero, no positive number becomes zero.
       largest: the y of a block's largest magnitude.
     """
 
@@ -81,9 +81,9 @@ class Options(NamedTuple):
     """How to encode a moment."""
 
     signed: bool = True
-    """Otherwise, positive numbers become at least `Code.least`."""
+    """Whether x has a sign. If not, positive numbers become at least `Code.least`."""
     round_down: bool = False
-    """Whether to round everything down if the code can."""
+    """Whether to use `Code.round_down`, if the code has it."""
     saturate: bool = False
     """Whether to replace an Inf scale by the largest finite number, because the square of a finite
     gradient overflows above 1.8e19."""
@@ -144,8 +144,8 @@ def at_most(x: jax.Array, high: jax.typing.ArrayLike) -> jax.Array:
 def absmax(sizes: jax.Array, block: int) -> jax.Array:
     """Return the maximum of each block of magnitudes."""
     maxima = bits_of(split_blocks(sizes, block))
-    # compare halves, so that XLA:CPU runs one loop of whole vectors; comparing 16 with the next 16
-    # would fuse x into it, but codes and scales must read x from one array
+    # compare halves, so that XLA:CPU runs one vectorized loop. Comparing neighboring groups of 16
+    # would make XLA fuse x into the loop, but codes and scales must read the same array x
     while maxima.shape[-1] > 16:
         half = maxima.shape[-1] // 2
         maxima = jnp.maximum(maxima[..., :half], maxima[..., half:])
@@ -179,7 +179,7 @@ def floats_of(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "n"))  # a name for `stages.py`
+@functools.partial(jax.jit, static_argnames=("block", "n"))  # `stages.py` matches the name
 def per_element(per_block: jax.Array, block: int, n: int) -> jax.Array:
     """Repeat the value of each block, to shape (…, n)."""
     repeated = jnp.broadcast_to(per_block[..., None], (*per_block.shape, block))
@@ -187,7 +187,7 @@ def per_element(per_block: jax.Array, block: int, n: int) -> jax.Array:
     return repeated if repeated.shape[-1] == n else repeated[..., :n]
 
 
-@functools.partial(jax.jit, static_argnames="block")  # a name for `stages.py`
+@functools.partial(jax.jit, static_argnames="block")  # `stages.py` matches the name
 def block_absmax(x: jax.Array, width: jax.Array | None = None, *, block: int) -> jax.Array:
     """Return the largest magnitude of each block, in the first `width` columns if given."""
     sizes = magnitudes(x)

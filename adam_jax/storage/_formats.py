@@ -81,8 +81,8 @@ def _problem(name: str, code: Code, exact: tuple[int, ...]) -> str:
     decoded = code.decode(codes)
     if codes.dtype != dtype or not np.array_equal(decoded, y):
         return (
-            f"gives back {np.asarray(decoded)} in {codes.dtype}, must give back {exact} in "
-            f"{dtype}; correct its encode or decode"
+            f"must decode {dtype} codes to {exact}, got {np.asarray(decoded)} from "
+            f"{codes.dtype} codes; correct its encode or decode"
         )
     return ""
 

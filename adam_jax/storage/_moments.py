@@ -50,7 +50,7 @@ BlockAbsmax: TypeAlias = Callable[[jax.Array, int], jax.Array]
 def decode(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return one leaf of a moment in the dtype of the arithmetic.
 
-    A reduced leaf must be normalized. A mean keeps the size 1 of its axes.
+    A reduced leaf must be normalized. A decoded mean has size 1 along its axes.
     """
     if isinstance(stored, (FactoredLeaf, MeanLeaf, TotalLeaf)):
         return _reduced.decode(stored, dtype)
@@ -60,7 +60,7 @@ def decode(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def read(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return one leaf of a moment as the state has it."""
+    """Decode one leaf of a moment from a state, where reduced leaves aren't normalized."""
     return decode(_reduced.normalize(stored) if is_reduced(stored) else stored, dtype)
 
 
@@ -76,9 +76,9 @@ def encode(
 ) -> Stored:
     """Encode x in the format of `stored`; without random bits, round to nearest.
 
-    Unless `signed`, x is at least 0, and no positive number becomes 0. With `round_down`, it is
-    rounded down if its code can. With `saturate`, Inf and NaN give their
-    block the largest finite scale.
+    If not `signed`, x must be at least 0. Positive numbers then don't become 0, except with
+    `round_down`, which rounds down if the code supports it. With `saturate`, a block with Inf or
+    NaN gets the largest finite scale.
     """
     if isinstance(stored, (FactoredLeaf, MeanLeaf, TotalLeaf)):
         return _reduced.encode(x, stored)
@@ -138,7 +138,7 @@ def with_nan_blocks(stored: QuantizedLeaf, other: QuantizedLeaf) -> QuantizedLea
 def stored_leaf(kind: type, *arrays: PyTree, shape: tuple[int, ...] | None = None) -> Stored:
     """Return one leaf of a moment of this class from the arrays in its trees.
 
-    `shape` is the leaf's shape, if known. Otherwise, an axis of size 1 may have been reduced.
+    `shape` is the leaf's shape, if known. Otherwise, an axis of size 1 counts as reduced.
     """
     first = arrays[0]
     if kind is Mean:
@@ -159,7 +159,7 @@ def arrays_of(stored: Stored, old: Sequence[jax.Array]) -> Sequence[PyTree]:
 
 
 def is_in_trees(moment: PyTree) -> TypeGuard[Quantized | Factored | Mean]:
-    """Whether a moment is stored in several trees, or in one of means."""
+    """Whether a moment is stored in several trees, or in one tree of means."""
     return isinstance(moment, (Quantized, Factored, Mean))
 
 
@@ -242,7 +242,7 @@ def is_stored_apart(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
 
 
 def is_lossy(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
-    """Whether one leaf of a moment is quantized or reduced."""
+    """Whether one leaf of a moment is quantized or reduced, or is a number per leaf."""
     return isinstance(stored, (QuantizedLeaf, FactoredLeaf, MeanLeaf))
 
 
@@ -273,7 +273,7 @@ def any_bfloat16(moments: Sequence[Sequence[Stored]]) -> bool:
 
 
 def map_reduced(f: Callable[..., Stored], moments: PyTree, *rest: PyTree) -> PyTree:
-    """Return moments with f of the reduced leaves, and of the leaves of `rest` in their places."""
+    """Replace each reduced leaf by f(leaf, *leaves of `rest` at the same position)."""
 
     def apply(x: Stored, *others: Stored) -> Stored:
         return f(x, *others) if is_reduced(x) else x
@@ -342,7 +342,7 @@ def start(
     for _, xs in made:
         if len(xs) < len(kind._fields):  # a placeholder for a leaf that stays as it is
             xs.append(jnp.ones((*xs[0].shape[:-1], 1), jnp.float32))
-    if kind is not Quantized:  # whose scales have had no boxes since the first version
+    if kind is not Quantized:  # its scales stay unboxed, as in older states
         made = [(box, [rebox_reduced(box, x) for x in xs]) for box, xs in made]
         first = [xs[0] if is_box(xs[0]) else x for (_, xs), x in zip(made, first, strict=True)]
     others = [[xs[k] for _, xs in made] for k in range(1, len(kind._fields))]
@@ -383,7 +383,7 @@ def _kind(reduction: Reduction) -> type:
 
 
 def _class_of(storage: Storage, name: str, declared: Moment, kinds: set[PyTree]) -> PyTree:
-    """Return the class of a moment, or None for one tree; a function's results decide."""
+    """Return the class of a moment, or None for one tree; for a function, `kinds` decides."""
     if declared.exact:
         return None
     if is_function(storage):

@@ -25,7 +25,7 @@ MAX_REDUCED_BYTES = 0.5
 """Leaves whose row and column means take more bytes per element are quantized to int8 instead."""
 
 COMPACT = "compact"
-"""The name of int8 for signed moments, with averages factored if that can't make a step large."""
+"""The name of int8 storage, with averages factored if that can't make a step large."""
 
 
 Storage: TypeAlias = Any
@@ -68,9 +68,9 @@ def format_of(storage: Storage, name: str, declared: Moment, path: KeyPath, leaf
 def choose(storage: Storage, name: str, declared: Moment) -> Storage:
     """Return the format that `storage`, which isn't a function, gives to a moment.
 
-    A mean is possible for non-negative averages only. Other moments keep the default, unless
-    `storage` names them. "compact" factors an average if its lower bound limits the step.
-    One number per leaf is always stored in float32.
+    Only non-negative averages can be stored as means. Other moments keep the default, or raise an
+    error if `storage` names them. "compact" factors an average if its lower bound limits the
+    step. One number per leaf is never quantized or reduced.
     """
     if declared.one_per_leaf:
         return None
@@ -91,9 +91,9 @@ def choose(storage: Storage, name: str, declared: Moment) -> Storage:
     if not is_reduction(storage) or (declared.average and not declared.signed):
         return storage
     if explicitly:
-        why = "is signed: its mean says little about an element"
+        why = "is signed: its mean doesn't approximate its elements"
         if not declared.signed:
-            why = "isn't an average: its mean isn't the same moment of the means"
+            why = "isn't an average: a step can't update its mean from means"
         raise errors.value_error(
             f"storage must not reduce {name} to {describe_storage(storage)}, because it {why}; "
             f"use 'int8' for {name}, or storage='compact'"
@@ -119,7 +119,7 @@ def may_quantize(storage: Storage, moments: Collection[str]) -> bool:
 
 
 def _may_quantize(storage: Storage) -> bool:
-    """Whether a format quantizes leaves; "factored" quantizes those that it doesn't fit."""
+    """Whether a format quantizes leaves; "factored" does if the means would be too large."""
     return is_format(storage) or is_name(storage, COMPACT) or is_name(storage, FACTORED.name)
 
 
@@ -132,7 +132,7 @@ def may_round(storage: Storage, moments: Collection[str]) -> bool:
 
 
 def unquantized(storage: Storage, name: str, because: str) -> Storage:
-    """Return `storage` with the default replacing lossy formats of moment `name`."""
+    """Return `storage` with the default instead of lossy formats for the moment `name`."""
     if isinstance(storage, Mapping) and _is_lossy(storage.get(name)):
         raise errors.value_error(
             f"storage={describe_storage(storage)} must store {name} exactly, {because}; give it a "
@@ -183,7 +183,7 @@ def check(storage: Storage, moments: Mapping[str, Moment]) -> None:
     chosen = [choose(storage, name, declared) for name, declared in moments.items()]
     if moments and is_reduction(storage) and not any(map(is_reduction, chosen)):
         raise errors.value_error(
-            f"storage={describe_storage(storage)} must find a non-negative average, got "
+            f"storage={describe_storage(storage)} must be used for a non-negative average, got "
             f"{', '.join(moments)}; use storage='compact'"
         )
 
@@ -260,11 +260,11 @@ def renamed(storage: Storage, name: str, new: str) -> Storage:
 
 
 def split(storage: Storage, *groups: Collection[str]) -> list[Storage]:
-    """Split `storage` by groups of moments, for an optimizer of several rules with moments."""
+    """Split `storage` by groups of moments, for an optimizer whose rules have separate moments."""
     if not isinstance(storage, Mapping):
         return [storage] * len(groups)
     known = {name for group in groups for name in (*group, *KINDS)}
-    unknown = {name: f for name, f in storage.items() if name not in known}  # for errors
+    unknown = {name: f for name, f in storage.items() if name not in known}  # kept for `check`
     return [
         {name: f for name, f in storage.items() if name in (*group, *KINDS, *unknown)}
         for group in groups
@@ -277,7 +277,7 @@ def _is_choice(storage: Storage) -> bool:
 
 
 def is_name(storage: Storage, name: str) -> bool:
-    """Whether `storage` is this name; unlike ==, it compares dtypes without an error."""
+    """Whether `storage` is this name; unlike ==, it never raises for a dtype."""
     return isinstance(storage, str) and storage == name
 
 

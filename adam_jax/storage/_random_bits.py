@@ -26,7 +26,7 @@ def positions(shape: tuple[int, ...]) -> Position:
     """Return the positions of an array that is a whole leaf.
 
     The partitioner shards the iotas like the array, so that random bits don't depend on sharding.
-    (Inside a user's own shard_map, positions are those in the shard.)
+    (Inside a user's own shard_map, positions are relative to the shard.)
     """
     row_shape = (*shape[:-1], 1) if shape else ()
     row = jnp.zeros(row_shape, jnp.uint32)
@@ -56,7 +56,7 @@ def random_bits(
     """
     row, column, lane = position
     if not by_row:
-        key = key + ((row | lane) >> 31)  # plus 0, which XLA doesn't know
+        key = key + ((row | lane) >> 31)  # adds 0, which XLA can't infer
     key = mix(key ^ step) ^ jnp.uint32(name_key(name))
     row = mix(row ^ key) + column * GOLDEN
     if by_row:

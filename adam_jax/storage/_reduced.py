@@ -2,7 +2,7 @@
 
 An exponential average is linear, so the mean of the averages is the average of the means. A moment
 stored this way is an approximation. The step computes its direction from the new moment before
-reducing it, and `Moment.at_least` bounds what it reads.
+reducing it, and `Moment.at_least` clamps decoded moments.
 
 Reduced axes have size 1, so that a parameter's PartitionSpec fits, and shapes determine how to read
 a leaf.
@@ -59,7 +59,7 @@ class NumberLeaf(MeanLeaf):
 
 
 class TotalLeaf(NamedTuple):
-    """The sum of an array over a whole leaf, which is in no state; every axis has size 1."""
+    """The sum of an array over a whole leaf, not part of a state; every axis has size 1."""
 
     values: jax.Array
 
@@ -104,7 +104,7 @@ FACTORED = Reduction("factored", ((-1,), (-2,)))
 def mean(axis: int | Sequence[int]) -> Reduction:
     """Return the format that stores the mean of a non-negative moment over axes.
 
-    Mean over -1 keeps one number per row, as SlimAdam and Adam-mini do for some leaves. Leaves with
+    `mean(-1)` keeps one number per row, like SlimAdam and Adam-mini for some leaves. Leaves with
     fewer than two axes or without the axis aren't reduced, nor are leaves with fewer than 4096
     elements, unless a storage function returns this format.
 
@@ -152,7 +152,7 @@ def divide_by_mean(x: jax.Array, axis: int) -> jax.Array:
 
 
 def decode(normalized: ReducedLeaf, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return a normalized leaf, with 1 for axes that both of its arrays lack."""
+    """Decode a normalized leaf; axes that are reduced in all its arrays keep size 1."""
     if not isinstance(normalized, FactoredLeaf):
         return normalized.values.astype(dtype)
     return normalized.rows.astype(dtype) * normalized.columns.astype(dtype)
@@ -165,7 +165,7 @@ def encode(x: jax.Array, stored: ReducedLeaf) -> ReducedLeaf:
 
 
 def number_leaf(x: PyTree, ndim: int, dtype: jax.typing.DTypeLike) -> NumberLeaf:
-    """Return the number of a leaf with `ndim` axes, with size 1 along the axes that it lacks."""
+    """Return a leaf's number as a `NumberLeaf` with `ndim` axes, adding axes of size 1."""
     return NumberLeaf(jnp.reshape(x, (*x.shape, *[1] * (ndim - x.ndim))).real.astype(dtype))
 
 
@@ -181,7 +181,7 @@ def sum_to(x: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def means(totals: ReducedLeaf, shape: Sequence[int]) -> ReducedLeaf:
-    """Divide sums over parts of a leaf of this shape by the number of elements in each."""
+    """Divide sums over a leaf of this shape by the number of elements in each sum."""
     if isinstance(totals, TotalLeaf):
         return totals
     size = math.prod(shape)

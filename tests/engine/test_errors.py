@@ -405,7 +405,7 @@ CHOICES = [
             f"{f.__name__} {pattern!r}",
             lambda f=f, pattern=pattern: f("w", pattern),
             ValueError,
-            "matching",
+            f.__name__,
             repr(pattern),
             "regular expression",
             "separate strings",
