@@ -328,7 +328,7 @@ def _decode(
         _moments.decode(x, dtype if moment.signed else real)
         for x, moment in zip(stored, rule.moments.values(), strict=True)
     ]
-    if not any(map(_moments.is_lossy, stored)):
+    if not _moments.any_of_other_shape([stored]):
         return moments
     moments = [jnp.broadcast_to(x, shape) for x in moments]
     bounds = rule.bounds(moments, hyperparams)

@@ -52,7 +52,7 @@ def decode(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
 
     A reduced leaf must be normalized. A decoded mean has size 1 along its axes.
     """
-    if isinstance(stored, (FactoredLeaf, MeanLeaf, TotalLeaf)):
+    if isinstance(stored, ReducedLeaf):
         return _reduced.decode(stored, dtype)
     if not isinstance(stored, QuantizedLeaf):
         return _dense.decode(stored, dtype)
@@ -80,7 +80,7 @@ def encode(
     `round_down`, which rounds down if the code supports it. With `saturate`, a block with Inf or
     NaN gets the largest finite scale.
     """
-    if isinstance(stored, (FactoredLeaf, MeanLeaf, TotalLeaf)):
+    if isinstance(stored, ReducedLeaf):
         return _reduced.encode(x, stored)
     if not isinstance(stored, QuantizedLeaf):
         return _dense.encode(x, stored, bits)
@@ -216,7 +216,7 @@ def whole(stored: Stored, shape: tuple[int, ...]) -> PyTree:
     if not is_reduced(stored):
         return first_array(stored)
     own = shape_of(stored)
-    if isinstance(stored, MeanLeaf) and len(own) == len(shape):
+    if isinstance(stored, MeanLeaf | NumberLeaf) and len(own) == len(shape):
         own = tuple(n if size == 1 else size for n, size in zip(shape, own, strict=True))
     return jax.ShapeDtypeStruct(own, stored[0].dtype)
 
@@ -232,8 +232,8 @@ def is_quantized(stored: Stored) -> TypeGuard[QuantizedLeaf]:
 
 
 def is_reduced(stored: Stored) -> TypeGuard[ReducedLeaf]:
-    """Whether one leaf of a moment is stored as means, or is a total."""
-    return isinstance(stored, (FactoredLeaf, MeanLeaf, TotalLeaf))
+    """Whether one leaf of a moment is stored as means or as a number, or is a total."""
+    return isinstance(stored, ReducedLeaf)
 
 
 def is_stored_apart(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
@@ -242,7 +242,7 @@ def is_stored_apart(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
 
 
 def is_lossy(stored: Stored) -> TypeGuard[QuantizedLeaf | ReducedLeaf]:
-    """Whether one leaf of a moment is quantized or reduced, or is a number per leaf."""
+    """Whether one leaf of a moment is quantized, or reduced to means."""
     return isinstance(stored, (QuantizedLeaf, FactoredLeaf, MeanLeaf))
 
 
@@ -253,7 +253,7 @@ def is_number(stored: Stored) -> TypeGuard[NumberLeaf]:
 
 def any_of_other_shape(moments: Sequence[Sequence[Stored]]) -> bool:
     """Whether any moment of a leaf is stored in arrays of other shapes than the leaf's."""
-    return any(is_lossy(x) for each in moments for x in each)
+    return any(is_lossy(x) or is_number(x) for each in moments for x in each)
 
 
 def any_total(moments: Sequence[Sequence[Stored]]) -> bool:
@@ -262,8 +262,8 @@ def any_total(moments: Sequence[Sequence[Stored]]) -> bool:
 
 
 def any_lossy(moments: Sequence[Sequence[Stored]]) -> bool:
-    """Whether any moment of a leaf is quantized, or reduced to a mean."""
-    return any(is_lossy(x) and not is_number(x) for each in moments for x in each)
+    """Whether any moment of a leaf is quantized, or reduced to means."""
+    return any(is_lossy(x) for each in moments for x in each)
 
 
 def any_bfloat16(moments: Sequence[Sequence[Stored]]) -> bool:

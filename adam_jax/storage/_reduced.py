@@ -54,8 +54,10 @@ class MeanLeaf(NamedTuple):
     values: jax.Array
 
 
-class NumberLeaf(MeanLeaf):
+class NumberLeaf(NamedTuple):
     """One leaf of a moment with one number per leaf, or per entry of the leaf's first axes."""
+
+    values: jax.Array
 
 
 class TotalLeaf(NamedTuple):
@@ -64,7 +66,7 @@ class TotalLeaf(NamedTuple):
     values: jax.Array
 
 
-ReducedLeaf = FactoredLeaf | MeanLeaf | TotalLeaf
+ReducedLeaf = FactoredLeaf | MeanLeaf | NumberLeaf | TotalLeaf
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
