@@ -15,7 +15,7 @@ from adam_jax._backends.rewrite import (
     Site,
     as_extremum,
     by_reciprocal,
-    maker,
+    equation_of,
     source,
 )
 from adam_jax._util.numerics import TINY
@@ -33,10 +33,10 @@ def _select(site: Site) -> Any:
     """Turn where(|x| < TINY, 0, x) into x, because TPUs flush smaller results to 0."""
     out = as_extremum(site)
     predicate, x, zero = site.eqn.invars
-    made = maker(predicate, site)
+    made = equation_of(predicate, site)
     if out is not None or made is None or made.primitive.name != "lt":
         return out
-    size, low = (maker(made.invars[0], site), source(made.invars[1], site))
+    size, low = (equation_of(made.invars[0], site), source(made.invars[1], site))
     is_size = size is not None and size.primitive.name == "abs" and size.invars[0] is x
     return site.value(x) if is_size and (low, source(zero, site)) == (TINY, 0) else None
 

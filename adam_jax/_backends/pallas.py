@@ -162,8 +162,8 @@ def _execute_shard(target: Target, step: Step, operands: Operands, shard: Shard)
     written = jax.tree.leaves((p if step.aliased is Aliased.PARAM else u, moments))
     is_reduced = any(extent.reduced for extent in kinds)
     tiled_arrays = [k for k in (*range(len(arrays)), *written) if not kinds[k].reduced]
-    width = sum(arrays[k].dtype.itemsize / kinds[k].span for k in tiled_arrays)
-    grid = target.grid(shape, max(extent.span for extent in kinds), is_reduced, width)
+    moved = sum(arrays[k].dtype.itemsize / kinds[k].span for k in tiled_arrays)
+    grid = target.grid(shape, max(extent.span for extent in kinds), is_reduced, moved)
     call = functools.partial(_call, target, grid, [grid.view(x) for x in arrays], kinds)
 
     def tile(i: jax.Array, parts: Sequence[jax.Array], shared: Shared) -> tuple[Operands, Part]:

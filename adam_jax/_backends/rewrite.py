@@ -64,7 +64,7 @@ def without_barrier(site: Site) -> list[Any]:
 def as_extremum(site: Site) -> Any:
     """Turn where(x > y, x, y) into maximum(x, y), and where(x < y, x, y) into minimum(x, y)."""
     predicate, no, *yes = site.eqn.invars
-    made = maker(predicate, site)
+    made = equation_of(predicate, site)
     functions = {"gt": jnp.maximum, "lt": jnp.minimum}
     if made is None or made.primitive.name not in functions or len(yes) != 1:
         return None
@@ -77,7 +77,7 @@ def as_extremum(site: Site) -> Any:
 def as_product(site: Site) -> Any:
     """Turn a division by a scalar into a product with its reciprocal, which is computed once."""
     x, y = site.operands
-    made = maker(site.eqn.invars[1], site)
+    made = equation_of(site.eqn.invars[1], site)
     if made is not None and made.primitive.name == "broadcast_in_dim":
         y = site.value(made.invars[0])
     if jnp.ndim(y) or not jnp.ndim(x) or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -107,14 +107,14 @@ def is_tile(x: Any) -> bool:
     return len(x.shape) == 2 and x.dtype == jnp.float32
 
 
-def maker(x: Any, site: Site) -> JaxprEqn | None:
+def equation_of(x: Any, site: Site) -> JaxprEqn | None:
     """Return the equation that makes x, or None if there is none."""
     return None if isinstance(x, Literal) else site.made_by.get(x)
 
 
 def as_scale(site: Site) -> Any:
     """Multiply a block's scale, not each of its elements, by a constant factor."""
-    product, scale = (maker(v, site) for v in site.eqn.invars)
+    product, scale = (equation_of(v, site) for v in site.eqn.invars)
     if product is None or product.primitive.name != "mul":
         return None
     if scale is None or scale.params.get("name") != "per_element":

@@ -151,13 +151,13 @@ class Sums(NamedTuple):
     """Whether the i-th tile is the first of its block, if tiles add to one block."""
 
 
-def for_registers(shape: tuple[int, ...], block: int, reduced: bool, width: float) -> Grid:
+def for_registers(shape: tuple[int, ...], block: int, reduced: bool, moved: float) -> Grid:
     """Return small tiles for a GPU, whose rows and columns are powers of two.
 
     Tiles split no block. Among the widths with the least padding, the widest is used. With
     `reduced`, tiles are tall, because each writes a sum per column.
     """
-    del width
+    del moved
     size, most = (8192, 256) if reduced else (2048, 2048)
     leading = shape[:-2] if reduced else ()
     rows, columns = math.prod(shape[len(leading) : -1]), shape[-1]
@@ -168,15 +168,15 @@ def for_registers(shape: tuple[int, ...], block: int, reduced: bool, width: floa
     return Grid((*leading, rows, columns), high, wide)
 
 
-def for_vectors(shape: tuple[int, ...], block: int, reduced: bool, width: float) -> Grid:
+def for_vectors(shape: tuple[int, ...], block: int, reduced: bool, moved: float) -> Grid:
     """Return tiles for a TPU's vector unit: multiples of (8, 128), or whole axes.
 
     Tiles span whole rows or a multiple of 128 scales. Merging the leading axes might copy the leaf.
     A TPU runs one tile after the other, so that sums over rows can accumulate in one block. Two
-    tiles of each array must fit in vector memory, next to scratch memory; `width` is the bytes
-    read and written per element.
+    tiles of each array must fit in vector memory, next to scratch memory. `moved` is the number of
+    bytes read and written per element.
     """
-    size, lanes = 2**18 if width <= 24 else 2**17, 128
+    size, lanes = 2**18 if moved <= 24 else 2**17, 128
     shape = (*(1 for _ in shape[:-1]), 1, *shape)[-max(2, len(shape)) :]
     rows, columns = shape[-2:]
     most = lanes * max(lanes, block)

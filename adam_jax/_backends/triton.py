@@ -17,8 +17,8 @@ from adam_jax._backends.rewrite import (
     as_extremum,
     as_scale,
     by_reciprocal,
+    equation_of,
     is_tile,
-    maker,
     source,
 )
 
@@ -87,7 +87,7 @@ def _select(site: Site) -> Any:
     predicate, fallback, *_ = site.eqn.invars
     if out is None or not isinstance(source(fallback, site), Var):
         return out
-    made = maker(predicate, site)
+    made = equation_of(predicate, site)
     is_maximum = made is not None and made.primitive.name == "gt"
     pair = site._replace(operands=site.operands[1:])
     propagated = (_MAXIMUM if is_maximum else _MINIMUM)(pair)
@@ -105,7 +105,7 @@ def _fused(product_first: str, product_last: str) -> Rewriting:
         if not is_tile(site.eqn.outvars[0].aval):
             return None
         for k, assembly in enumerate((product_first, product_last)):
-            made = maker(site.eqn.invars[k], site)
+            made = equation_of(site.eqn.invars[k], site)
             if made is not None and made.primitive.name == "mul":
                 x, y = map(site.value, made.invars)
                 return _ptx(assembly, x, y, site.operands[1 - k])
@@ -116,7 +116,7 @@ def _fused(product_first: str, product_last: str) -> Rewriting:
 
 def _mul(site: Site) -> Any:
     """Turn (x - 1)·y into x·y - y, computed with one rounding."""
-    made = maker(site.eqn.invars[0], site)
+    made = equation_of(site.eqn.invars[0], site)
     if made is None or made.primitive.name != "sub" or not is_tile(site.eqn.outvars[0].aval):
         return as_scale(site)
     x, one = made.invars

@@ -197,7 +197,7 @@ def transformation(name: str, value: Any, usage: str) -> None:
     raise type_error(f"{name} must be an Optax transformation, got {got}; {fix}")
 
 
-def maker(value: Any, usage: str) -> None:
+def constructor(value: Any, usage: str) -> None:
     """Check that a constructor was given, not the transformation that it returns."""
     if not callable(value):
         got = "a transformation" if is_transformation(value) else _shown(value)
@@ -497,7 +497,7 @@ def only_eps(eps_root: PyTree, nesterov: bool) -> None:
         )
 
 
-def finished(wrapper: str, text: str) -> None:
+def not_a_direction(wrapper: str, text: str) -> None:
     raise ValueError(
         f"{wrapper}: tx must be a direction, whose updates point along the gradient, got an "
         f"optimizer, {text}, whose updates point against it; wrap the direction instead: "
@@ -584,7 +584,7 @@ def no_wider_than_float32(path: KeyPath, x: PyTree) -> None:
         )
 
 
-def rest(path: KeyPath, p: PyTree, rest: PyTree, dtype: PyTree) -> None:
+def residual(path: KeyPath, p: PyTree, rest: PyTree, dtype: PyTree) -> None:
     """Check that a residual has the shape and dtype that init gave it."""
     if dtype is None or p is None:
         return

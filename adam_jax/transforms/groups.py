@@ -50,7 +50,7 @@ def groups(
     >>> state = tx.init({"head": {"kernel": jnp.ones((2, 2))}, "norm": jnp.ones(2)})
     """
     with errors.error_context("groups"):
-        errors.maker(constructor, "groups(adam_jax.adamw, {...}, learning_rate=1e-3)")
+        errors.constructor(constructor, "groups(adam_jax.adamw, {...}, learning_rate=1e-3)")
         errors.mapping("patterns", patterns, "{'bias': {'weight_decay': 0.0}}")
     parts: dict[Hashable, optax.GradientTransformation] = {
         p: _optimizer(constructor, p, s, shared) for p, s in patterns.items()

@@ -195,7 +195,7 @@ def _wrap(
         seed_of_step = None if residual_dtype == jnp.int16 else _step_seed(state.step_count, seed)
 
         def split(path: KeyPath, p: PyTree, rest: PyTree) -> PyTree:
-            errors.rest(path, p, rest, residual_dtype)
+            errors.residual(path, p, rest, residual_dtype)
             return SplitParam(p, rest, seed_of_step) if _is_bfloat16(p) else p
 
         paths = [path for path, _ in tree.leaves]

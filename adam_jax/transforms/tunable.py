@@ -57,7 +57,7 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
     0.0005
     """
     with errors.error_context("tunable"):
-        errors.maker(constructor, "tunable(adam_jax.adamw)(1e-3)")
+        errors.constructor(constructor, "tunable(adam_jax.adamw)(1e-3)")
     signature, plain = inspect.signature(constructor), errors.name_of(constructor)
 
     def is_tunable(argument: str) -> bool:

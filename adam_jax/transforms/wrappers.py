@@ -152,7 +152,7 @@ def _follow(tx: optax.GradientTransformation, rule: Rule) -> Transformation:
 def refuse_finished(wrapper: str, tx: optax.GradientTransformation) -> None:
     """Raise if the updates of a transformation point against the gradient."""
     if any(link.rule is rules.descend for _, link in links_of(tx)) or _descends(tx):
-        errors.finished(wrapper, describe(tx))
+        errors.not_a_direction(wrapper, describe(tx))
 
 
 def _descends(tx: optax.GradientTransformation) -> bool:
