@@ -162,7 +162,7 @@ def adabelief(g, mu, nu, *, t, b1, b2, eps, eps_root, nesterov=False):
     nu=non_average.starting_at("initial_accumulator_value"),
 )
 def yogi(g, mu, nu, *, t, b1, b2, eps, eps_root):
-    """Zaheer et al. (2018), Algorithm 2: nu moves toward g² by (1 - b2)·g², however far it is.
+    """Zaheer et al. (2018), Algorithm 2: nu moves toward g² by (1 - b2)·g² at any distance.
 
     Both moments start at initial_accumulator_value, as in Optax; in the paper, only nu does.
     """

@@ -154,7 +154,7 @@ class Composition:
     way: str = "update"
 
     def __repr__(self) -> str:
-        """Return the code that makes the composition, without what is left at its default."""
+        """Return the code that makes the composition, without arguments at their defaults."""
         defaults = Composition("")
         given = {
             field.name: getattr(self, field.name)
@@ -183,12 +183,12 @@ class Composition:
         return tx
 
     def on_one_device(self) -> Composition:
-        """Return the same composition without a mesh and what needs one, stepped by `update`."""
+        """Return the composition without its mesh and `zero1`, stepped by `update`."""
         wrappers = tuple(name for name in self.wrappers if name != "zero1")
         return dataclasses.replace(self, mesh=None, wrappers=wrappers, way="update")
 
     def params(self) -> Any:
-        """Return the parameters: the same for the same leaves, on the devices of the mesh."""
+        """Return parameters on the devices of the mesh; their values depend only on the leaves."""
         return self._placed(self._tree(0, None))
 
     def grads(self) -> list[Any]:

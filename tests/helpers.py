@@ -309,7 +309,7 @@ def says(function, *parts):
 
 
 class Without:
-    """Import all but one package, as if that one were not installed."""
+    """An import finder that hides a package, as if it weren't installed."""
 
     def __init__(self, package: str):
         self.package = package

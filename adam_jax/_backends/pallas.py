@@ -69,7 +69,7 @@ class Target(NamedTuple):
     scalars: pl.BlockSpec
     """The memory space of scalars."""
     compiler: Callable[[int], Any] = lambda _: None
-    """The number of elements in a tile → the compiler's parameters, whose class selects it."""
+    """The number of elements in a tile → parameters, whose class selects the compiler."""
     load: Callable[[Any, Mask], jax.Array] = _load
     """Reads a tile: (ref, mask) → array. The default leaves masking to the compiler."""
     store: Callable[[Any, jax.Array, Mask, Any], None] = _store
@@ -77,7 +77,7 @@ class Target(NamedTuple):
     rewritings: Mapping[str, Rewriting] = SIMPLER
     """Other ways to compute primitives."""
     scratch: Callable[[tuple[int, int]], Any] | None = None
-    """The shape of a tile → a float32 array in its memory, if tiles are computed in slices."""
+    """The shape of a tile → a float32 array in vector memory, if tiles are computed in slices."""
     interpret: bool = False
 
 
@@ -123,7 +123,7 @@ TARGETS = {"cpu": interpreted, "gpu": triton, "tpu": mosaic}
 def supports(operands: Operands) -> bool:
     """Whether kernels support a leaf: not a scalar, with float32 arithmetic, and suitable means.
 
-    Means must be over some of the last two axes, along which tiles are, or over all axes. Partial
+    Means must be over one or both of the last two axes, which tiles split, or over all. Partial
     means over other axes would be as large as the leaf.
     """
     shape = operands.update.shape
@@ -255,7 +255,7 @@ def _call(
     except NotImplementedError as error:
         raise unsupported(grid.shape, error) from error
     hoisted = front(*scalars)
-    # leaves with equal scalars share vectors; computations that depend on the key aren't hoisted
+    # the key is passed apart and not hoisted, so that leaves with equal scalars share vectors
     vectors = [*_pack(hoisted), *([x.astype(jnp.int32).reshape(1, 1) for x in key])]
     specs = [grid.spec(extent) for extent in kinds]
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]

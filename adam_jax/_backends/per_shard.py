@@ -146,7 +146,7 @@ def per_shard(
             x if extent == Extent() else jax.reshard(x, NamedSharding(mesh, spec))
             for x, extent, spec in zip([*arrays, *indices], operand_extents, inputs, strict=True)
         ]
-        kept = jax.tree.leaves(replaced)  # a scan needs results of the same types
+        kept = jax.tree.leaves(replaced)  # in a scan, results must have the types of `replaced`
         out = [
             jax.reshard(x, jax.typeof(k).sharding)
             for x, k in zip(mapped(mesh, inputs, outputs, part)(*placed), kept, strict=True)
@@ -204,7 +204,7 @@ def _without_derivative(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @underived.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        raise errors.no_derivative("is stepped in tiles")
+        raise errors.no_derivative("is updated in tiles or shards")
 
     return underived
 

@@ -2,8 +2,8 @@
 
 A slice has one block of each quantized moment. Elementwise computations run slice by slice, in
 registers. Computations per block run once for all blocks of the tile. A maximum over blocks, or a
-sum over columns, ends a stage: the next stage loops over all slices again. Arrays that a later
-stage needs are kept in scratch memory.
+sum over columns, ends a stage: the next stage loops over all slices again. A later
+stage reads float32 arrays from scratch memory, and recomputes others.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def fits(extents: Sequence[Extent], columns: int) -> bool:
 
 
 def plan(jaxpr: Any, columns: int) -> Plan:
-    """Split a jaxpr, whose calls are inlined, for tiles with this many columns."""
+    """Split a jaxpr with inlined calls into stages, for tiles with this many columns."""
     made_by = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     level: dict[Any, int] = {}  # the stage that computes a variable
     ends: dict[int, list[JaxprEqn]] = {}

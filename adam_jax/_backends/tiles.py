@@ -68,10 +68,10 @@ class Grid(NamedTuple):
         return index
 
     def sums(self, extent: Extent) -> Sums:
-        """Return where to write sums over the axes that an array lacks.
+        """Return where to write sums over an extent's reduced axes.
 
         If tiles follow each other downwards, sums over rows accumulate in one block. Otherwise, and
-        for sums over columns, each tile writes its own.
+        for sums over columns only, each tile writes its own sum.
         """
         accumulated = self.downwards and len(self.shape) - 2 in extent.reduced
         axes = () if accumulated else extent.reduced
@@ -152,7 +152,7 @@ class Sums(NamedTuple):
 
 
 def for_registers(shape: tuple[int, ...], block: int, reduced: bool, moved: float) -> Grid:
-    """Return small tiles for a GPU, whose rows and columns are powers of two.
+    """Return small tiles for a GPU. Their row and column counts are powers of two.
 
     Tiles split no block. Among the widths with the least padding, the widest is used. With
     `reduced`, tiles are tall, because each writes a sum per column.
@@ -172,7 +172,7 @@ def for_vectors(shape: tuple[int, ...], block: int, reduced: bool, moved: float)
     """Return tiles for a TPU's vector unit: multiples of (8, 128), or whole axes.
 
     Tiles span whole rows or a multiple of 128 scales. Merging the leading axes might copy the leaf.
-    A TPU runs one tile after the other, so that sums over rows can accumulate in one block. Two
+    A TPU runs one tile after the other, so sums over rows can accumulate in one block. Two
     tiles of each array must fit in vector memory, next to scratch memory. `moved` is the number of
     bytes read and written per element.
     """

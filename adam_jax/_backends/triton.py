@@ -44,7 +44,7 @@ def store(ref: Any, x: jax.Array, mask: Callable[[], jax.Array | None], at: Any)
 
 
 def _ptx(assembly: str, *operands: jax.Array) -> jax.Array:
-    """Compute PTX instructions for each float32 element: $0 is the result, $1, … the operands."""
+    """Run PTX instructions on each float32 element: $0 is the result, $1, … are the operands."""
     shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
     (out,) = triton.elementwise_inline_asm(
         assembly,

@@ -1,6 +1,6 @@
 """The step of a shard whose edges split blocks, with scales computed across devices.
 
-Each device has all scales of the leaf. The step divides blocks into parts that no edge splits, and
+Each device has all scales of its rows. The step divides blocks into parts that no edge splits, and
 uses a block's scale for each of its parts. Parts are an axis of the arrays, so that XLA computes
 new moments and their maxima in one loop.
 """

@@ -69,8 +69,8 @@ def _mean(xs: Sequence[jax.Array], batch_axes: int) -> Means:
 def orders_writes(platform: str) -> bool:
     """Whether to write new moments after the new parameter, so that XLA:CPU copies no moments.
 
-    XLA:CPU recomputes new moments from old moments for the direction. If that can happen after old
-    moments are overwritten, it copies them first, which doubles the time of a bfloat16 step.
+    XLA:CPU computes new moments again for the direction. If old moments might be overwritten before
+    that, XLA:CPU copies them, which doubles the time of a bfloat16 step.
     Ordering reads one element of the result, which is local only on a single device.
     """
     return platform == "cpu" and jax.device_count() == 1
@@ -83,7 +83,7 @@ def _after(result: jax.Array, seeds: jax.Array) -> jax.Array:
 
 
 def _new_param(step: Step, operands: Operands, output: PyTree) -> jax.Array:
-    """Compute the new parameter exactly as Optax does, so that XLA computes the sum once."""
+    """Compute the new parameter exactly as Optax does, so that XLA merges the two sums."""
     if step.aliased is Aliased.PARAM:
         return jax.tree.leaves(output)[0]
     with jax.numpy_dtype_promotion("standard"):

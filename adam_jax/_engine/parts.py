@@ -35,7 +35,7 @@ class Part(NamedTuple):
     total: Callable[[PyTree], PyTree] = _unchanged
     """(sums over this part) → sums over all parts, which are only complete in the last part."""
     carrier: Key | None = None
-    """A leaf added from another part; its gradient has the norm of all other gradients."""
+    """A leaf added from another part; its dummy gradient has the norm of all other gradients."""
 
 
 _part: contextvars.ContextVar[Part] = contextvars.ContextVar("part", default=Part())  # noqa: B039

@@ -214,7 +214,7 @@ def mapping(name: str, value: Any, usage: str) -> None:
 
 
 def torch_state(value: Any) -> None:
-    """Check for two keys that a PyTorch optimizer's state dict has, but not a model's."""
+    """Check for the two keys of a PyTorch optimizer's state dict, which a model's lacks."""
     if not (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()):
         raise type_error(
             f"state_dict must be a mapping with 'state' and 'param_groups', got "

@@ -1,4 +1,4 @@
-"""The operations that formulas share, each more accurate than its naive form."""
+"""Operations that formulas share, some more accurate than their naive form."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Decay:
 def decay_rate(b: Decay | Numeric) -> Decay:
     """Return b as a `Decay`, computed in float64 on the host if b is a number.
 
-    A traced b that was rounded to 1 in its own dtype (as 0.999 in bfloat16) becomes the largest
+    An array b that was rounded to 1 in its own dtype (as 0.999 in bfloat16) becomes the largest
     value below 1. With b = 1, a moment would never change, and bias correction would divide by 0.
     """
     if isinstance(b, Decay):

@@ -53,9 +53,9 @@ def rebox(box: PyTree, content: PyTree) -> PyTree:
 
 
 def rebox_reduced(box: PyTree, content: PyTree) -> PyTree:
-    """Return `content` in a box like Linen's `box`, without the names of axes whose size differs.
+    """Return `content` in a box like `box`, without the names of axes whose size differs.
 
-    If the rank differs, or for NNX's boxes, the metadata doesn't fit, so return `content` unboxed.
+    Return `content` unboxed if `box` isn't Linen's, or doesn't have one name per axis.
     """
     names, shape = getattr(box, "names", ()) or (), getattr(unbox(box), "shape", ())
     if not is_box(box) or not hasattr(box, "replace_boxed") or len(names) != len(shape):

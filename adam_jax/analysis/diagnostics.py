@@ -51,7 +51,6 @@ Settings: TypeAlias = dict[str, dict[str, PyTree]]
 """Hyperparameters by group of the optimizer."""
 
 Leaves: TypeAlias = Mapping[Key, jax.Array]
-
 """Arrays by the key of their leaf."""
 
 Sums: TypeAlias = dict[str, jax.Array]
@@ -301,9 +300,9 @@ def read(state: PyTree) -> dict[str, Any]:
       state: a state that contains the state of `record`; also `nnx.Optimizer.opt_state`.
 
     Returns:
-      "step" (from 1; 0 before the first), "learning_rate/all", "gradient_norm/<group>", and
-      "update_ratio/<group>" as numbers, and "signal_to_noise/<group>": float32, the shares of
-      elements in the `len(EDGES) + 1` bins that `EDGES` separates.
+      "step" (from 1; 0 before the first), "learning_rate/all" (or one for each of
+      `adam_jax.groups`), "gradient_norm/<group>", and "update_ratio/<group>" as numbers, and
+      "signal_to_noise/<group>": the float32 shares of elements in `EDGES`'s `len(EDGES) + 1` bins.
 
     Raises:
       ValueError: the state has no measurements, or measurements of several `record`s.

@@ -42,8 +42,8 @@ class MemoryReport:
       rows: parameters, gradients, each moment, bfloat16 parameters' residuals, and the rest of the
         state, in bytes.
       parameters: the number of trained parameters.
-      uncoded: (leaves neither quantized nor reduced, all leaves) of a quantized or reduced
-        moment; None if there is no such moment.
+      uncoded: (leaves neither quantized nor reduced, all leaves) of a moment with a quantized or
+        reduced format; None if no moment has one.
       whole: the paths and bytes of replicated leaves of the state, the largest first; empty if
         nothing is sharded.
     """

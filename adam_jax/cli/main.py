@@ -157,7 +157,7 @@ def train_options(add: AddArgument) -> None:
     add("--optimizer", type=one_of(names), default="adamw", metavar="NAME", help=one)
     add("--storage", metavar="FORMAT", help="the format of the moments, such as bfloat16")
     add("--steps", type=COUNT, default=1000, metavar="N", help="steps per run")
-    add("--learning-rate", type=POSITIVE, default=2e-3, metavar="X", help="its peak")
+    add("--learning-rate", type=POSITIVE, default=2e-3, metavar="X", help="peak value")
     add("--weight-decay", type=number(float, 0), default=1.0, metavar="X", help="on the kernels")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="for parameters and batches")
     add("--plot", type=picture, default="adam_jax_train.png", metavar="PATH", help="the picture")
@@ -185,7 +185,7 @@ def train(args: argparse.Namespace) -> None:
 def memory_options(add: AddArgument) -> None:
     """Declare the options of `memory`."""
     add("--params", type=number(float, 1), required=True, metavar="N", help="parameters, e.g. 7e9")
-    add("--devices", type=COUNT, default=1, metavar="N", help="sharing the state by ZeRO-1")
+    add("--devices", type=COUNT, default=1, metavar="N", help="devices to shard the state over")
     add("--layers", type=COUNT, default=32, metavar="N", help="equal layers, for gradient release")
 
 
@@ -229,7 +229,7 @@ def show_memory(args: argparse.Namespace) -> None:
     columns = 4 if args.devices > 1 else 3
     rows = [("", "bytes/parameter", "total, GB", "GB per device")[:columns]]
     for name, (dtype, tx) in MODES.items():
-        # matrices, because small, unquantized leaves hardly count
+        # only matrices: the leaves too small to quantize are negligible
         if name.endswith(RELEASED):
             rows_per_layer = -(-min(count, LARGEST_TRACED) // (width * args.layers))
             layers = jax.ShapeDtypeStruct((args.layers, rows_per_layer, width), dtype)

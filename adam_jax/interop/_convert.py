@@ -32,11 +32,11 @@ def convert_state(
 ) -> PyTree:
     """Convert a running state to the storage formats and structure of `tx`, to continue the run.
 
-    The state may have other formats, or come from another chain, `optax.inject_hyperparams`, or
-    Optax's optimizer of the same variant. Moments are matched by name, decoded, and encoded as in
-    `tx`, rounded to nearest, or down for running maxima. Step counts are kept. Other parts of the
-    state of `tx` (Schedule-Free's z, a chain's other states) are copied if `state` has them, and
-    are new otherwise.
+    The state may have other formats, or come from another chain, `optax.inject_hyperparams`,
+    Optax's Adafactor, or its optimizer of the same variant. Moments are matched by name, decoded,
+    and encoded as in `tx`, rounded to nearest, or down for running maxima. Step counts are kept.
+    Other parts of the state of `tx` (Schedule-Free's z, a chain's other states) are copied if
+    `state` has them, and are new otherwise.
 
     Args:
       state: the state of a running optimizer, Optax's or ours, or `nnx.Optimizer.opt_state`.
@@ -139,7 +139,7 @@ def _convert(
         new = {}
         for name in fresh._fields:
             old = getattr(fresh, name)
-            # checks the fields, because every tuple has a method `count`
+            # check _fields, because every tuple has a method `count`
             given = getattr(donor, name) if name in getattr(donor, "_fields", ()) else None
             copied = given is not None and name not in COUNTS and not named_tuples(old)
             if name in fields or copied:

@@ -89,7 +89,7 @@ def from_rule(
 
     Raises:
       ValueError: a number or name is invalid; at update, gradients don't match the parameters.
-      TypeError: a leaf is not floating point.
+      TypeError: a leaf is neither floating point nor complex.
 
     >>> import adam_jax, jax.numpy as jnp
     >>> @adam_jax.rule(mu=adam_jax.signed)

@@ -109,7 +109,7 @@ def schedule_free_adamw(
     def init(params: optax.Params) -> PyTree:
         states: PyTree = chain(0.0, 0.0).init(params)
         *base, iterate = states
-        without_leaves = is_in_trees(iterate.z)  # otherwise, z isn't quantized
+        without_leaves = is_in_trees(iterate.z)  # leaves of z are never quantized
         z = iterate.z[0] if without_leaves else iterate.z
         z = jax.tree.map(lambda z, p: jnp.array(p, z.dtype), z, params)
         dtype = real_dtype(*(x.dtype for x in jax.tree.leaves(z)))

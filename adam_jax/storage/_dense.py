@@ -22,7 +22,7 @@ def decode(stored: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 def encode(x: jax.Array, stored: jax.Array, bits: jax.Array | None) -> jax.Array:
     """Cast x to the dtype of `stored`, rounding stochastically to bfloat16 if given bits.
 
-    Rounded to nearest, an average would stop changing once (1 - b)·change is below half an ulp:
+    With round to nearest, an average would stop changing once (1 - b)·change is below half an ulp:
     from b2 = 0.999 on, nu in bfloat16 would never decay.
     """
     if stored.dtype == jnp.bfloat16 and bits is not None and x.dtype != jnp.bfloat16:

@@ -41,8 +41,8 @@ def register(name: str, signed: Code, positive: Code) -> None:
         positive number as zero: where nu is 0 and mu isn't, a step is mu/ε.
 
     Raises:
-      ValueError: if the name or a dtype is taken, a block size isn't a power of two, or a code
-        doesn't return -1, 0, and 1 exactly.
+      ValueError: if the name or a dtype is taken, a dtype has over 2 bytes, a block size isn't a
+        power of two, or a code doesn't return -1, 0, and 1 exactly.
 
     >>> import jax.numpy as jnp, adam_jax
     >>> from adam_jax.storage import Code, register
@@ -81,8 +81,8 @@ def _problem(name: str, code: Code, exact: tuple[int, ...]) -> str:
     decoded = code.decode(codes)
     if codes.dtype != dtype or not np.array_equal(decoded, y):
         return (
-            f"must decode {dtype} codes to {exact}, got {np.asarray(decoded)} from "
-            f"{codes.dtype} codes; correct its encode or decode"
+            f"gives back {np.asarray(decoded)} in {codes.dtype}, must give back {exact} in "
+            f"{dtype}; correct its encode or decode"
         )
     return ""
 

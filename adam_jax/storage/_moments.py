@@ -362,7 +362,7 @@ def _start_per_leaf(params: PyTree, value: Numeric | Start) -> PyTree:
 
 
 def _shard_like(scales: jax.Array, leaf: PyTree) -> jax.Array:
-    """Shard scales like their leaf, along the axes that the mesh divides evenly.
+    """Shard scales, means, or a number like the leaf, on axes that the mesh divides evenly.
 
     The sharding of a traced leaf is known on explicit mesh axes only.
     """
@@ -389,8 +389,8 @@ def _class_of(storage: Storage, name: str, declared: Moment, kinds: set[PyTree])
     if is_function(storage):
         if Mean in kinds and kinds & {Factored, Code}:
             raise errors.value_error(
-                f"storage must give {name} one kind of format, got a mean for one leaf and another "
-                f"format for others; use 'factored' or 'int8' instead of the mean"
+                f"storage must give {name} one kind of format, got a mean for one leaf and codes "
+                f"or factors for others; use 'factored' or 'int8' instead of the mean"
             )
         if not kinds:
             return Quantized

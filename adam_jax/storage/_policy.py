@@ -199,7 +199,7 @@ def check_format(storage: Storage) -> PyTree:
         listed = ", ".join(map(repr, names()))
         raise errors.value_error(
             f"storage must be one of {listed}, 'float64', a complex dtype, or storage.mean(axis), "
-            f"a mapping to these from moments or from 'signed' and 'positive', or a function "
+            f"a mapping from moments, 'signed', or 'positive' to these, or a function "
             f"(path, leaf) that returns these, got {storage!r}"
             f"{_underflow_advice(storage)}"
         )
@@ -209,7 +209,7 @@ def check_format(storage: Storage) -> PyTree:
 DENSE = tuple(
     map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float64, jnp.complex64, jnp.complex128))
 )
-"""The dtypes of unquantized moments. In narrower ones, squares of gradients underflow."""
+"""The dtypes of unquantized moments. In others, e.g. float16, squares of gradients underflow."""
 
 
 def _dense_dtype(x: PyTree) -> PyTree:
@@ -272,7 +272,7 @@ def split(storage: Storage, *groups: Collection[str]) -> list[Storage]:
 
 
 def _is_choice(storage: Storage) -> bool:
-    """Whether it chooses a format by leaf or by moment."""
+    """Whether `storage` chooses a format by leaf or by moment."""
     return is_function(storage) or is_name(storage, COMPACT)
 
 

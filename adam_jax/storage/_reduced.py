@@ -1,4 +1,4 @@
-"""Formats smaller than one element per parameter: means of a moment over axes.
+"""Formats with fewer elements than the parameter: means of a moment over axes.
 
 An exponential average is linear, so the mean of the averages is the average of the means. A moment
 stored this way is an approximation. The step computes its direction from the new moment before

@@ -24,7 +24,7 @@ class Context(NamedTuple):
     index: jax.Array | None  # type: ignore[assignment]  # tuple has a method of that name
     """The index of the layer; None in `first` and `last`."""
     key: jax.Array | None
-    """A random key of this function's own, different in each layer; None without a key."""
+    """A random key for this function, layer, and microbatch; None without a key."""
     shared: PyTree
     """The argument `shared` of the step."""
 

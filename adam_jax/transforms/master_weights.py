@@ -2,8 +2,8 @@
 
 Plain bfloat16 parameters lose updates below half an ulp, which is up to 1/256 of the parameter. The
 wrappers here go around everything that computes updates. They emit float32 differences, which
-`optax.apply_updates` turns into exact parameters if nothing changes the differences. It needs a
-copy of the parameters; `adam_jax.apply` updates them in place.
+`optax.apply_updates` turns into exact parameters if nothing changes the differences.
+`optax.apply_updates` copies the parameters; `adam_jax.apply` updates them in place.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def clip_to_previous_norm(max_norm: Numeric) -> Transformation:
     Clipping by the norm of this step needs the whole gradient, which `gradient_release` never has.
     The norm of the step before is nearly the same in most steps, but it doesn't limit the first
     large gradient. For that, use `stable_adamw`. The first step uses its own norm, for which
-    `gradient_release` runs the backward pass twice. A norm that isn't finite isn't remembered.
+    `gradient_release` runs the backward pass twice. Non-finite norms aren't stored.
 
     Args:
       max_norm: > 0, the largest global norm allowed.

@@ -159,8 +159,8 @@ def _descends(tx: optax.GradientTransformation) -> bool:
     """Whether the updates of a transformation point against the gradient.
 
     Optax's transformations can't be inspected, so take two steps on a scalar; the first update may
-    be 0, for example in a warmup. If they fail or are traced, assume a direction; `tx` may need
-    another tree, and init raises its own errors.
+    be 0, for example in a warmup. If the steps fail or are traced, assume a
+    direction: `tx` may require other parameters than a scalar.
     """
     if isinstance(source_of(tx), Chain):  # `_follow` has checked its links
         return False

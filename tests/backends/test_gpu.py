@@ -147,9 +147,9 @@ def check(name, storage, way, options):
 
 
 def with_masters(result):
-    """Replace residuals, which wrap around where the parameter is the neighbor, by the masters.
+    """Replace residuals by masters, because a residual wraps around if its parameter differs.
 
-    The updates of such a parameter differ as much as the parameter, so they aren't compared.
+    Updates differ as much as their parameters, so they aren't compared.
     """
     params, state, *_ = result
     if not isinstance(state, adam_jax.transforms.master_weights.MasterWeightsState):

@@ -351,7 +351,7 @@ def test_kernels_step_a_sharded_leaf_shard_by_shard(shape, spec, kind):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("storage", [slowly("int8"), "compact"])
 def test_shards_that_cut_blocks_equal_one_device_on_an_accelerator(storage, kind, monkeypatch):
-    """There the step of such a shard runs in XLA, twice, with scales computed across devices."""
+    """On accelerators, XLA steps these shards twice, with scales computed across devices."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
     whole = {"w": jax.random.normal(jax.random.key(0), (2, 24, 768)).at[0, 5, 200].set(jnp.nan)}
     make = functools.partial(adam_jax.stable_adamw, 1e-3, storage=lambda *_: storage)
@@ -414,7 +414,7 @@ def test_auto_uses_a_kernel_for_lossy_state_and_on_tpu_for_bfloat16(name, platfo
 
 @needs_triton
 def test_the_default_device_or_the_mesh_decides_about_kernels(monkeypatch):
-    """On a machine whose default backend is a GPU."""
+    """Simulate a machine whose default backend is a GPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     tx, params = adam_jax.adamw(1e-3, storage=by_path), {"int8": jnp.ones((7, 321))}
     assert kernels(tx, params) > 0

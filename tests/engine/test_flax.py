@@ -140,7 +140,7 @@ def test_a_path_is_the_same_string_at_init_and_at_update():
     ],
 )
 def test_a_mask_keeps_weight_decay_off_nnx_leaves(mask, decayed):
-    """Without gradients, only what the mask lets through shrinks."""
+    """With zero gradients, only the leaves that the mask selects shrink."""
     model, opt = create(adam_jax.adamw(0.1, weight_decay=0.5, weight_decay_mask=mask))
     before = jax.tree.map(jnp.copy, parameters(model))
     opt.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))

@@ -134,7 +134,7 @@ def test_adam_diverges_and_amsgrad_converges_on_reddis_online_problem():
     steps = 2_000_000
 
     def end(tx):
-        """x, and the average regret against -1."""
+        """Return x and the average regret against -1."""
 
         def step(carry, t):
             x, state, regret = carry

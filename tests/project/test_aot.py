@@ -113,14 +113,14 @@ def test_a_tree_takes_about_one_launch_for_each_of_its_148_leaves(storage, most)
     [("gpu", "update", 1.45, 16e6), ("tpu", "apply", 2.5, 70e6)],  # TPU: all but 2 MB in VMEM
 )
 def test_int8_without_a_kernel_keeps_no_float32_moments(name, way, most_moved, temporaries):
-    """The way to go on GPU when JAX removes Triton, and on TPU where a sharding is unknown."""
+    """This is the fallback on GPU if JAX removes Triton, and on TPU for unknown shardings."""
     program = aot.fallback(name, "int8", way)
     assert aot.kernels(program) == 0 and aot.moved(program) <= most_moved
     assert program.temporaries <= temporaries
 
 
 def test_master_weights_by_update_need_few_instructions_on_gpu():
-    """They round what `optax.apply_updates` makes of a float32 difference."""
+    """The kernel rounds as `optax.apply_updates` does with float32 updates."""
     code = aot.sass(aot.leaf("gpu", "int8, master weights", "update"))
     assert code.per_element <= 125 and code.spilled == 0
 

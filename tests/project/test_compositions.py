@@ -232,7 +232,7 @@ def check(composition, thorough=False):
 
 
 def refused(composition, tx, params):
-    """Return whether `init` refuses to store complex numbers as real ones, as it may."""
+    """Whether `init` refuses to store complex numbers as real ones, which is allowed."""
     try:
         tx.init(params)
     except (TypeError, ValueError) as error:

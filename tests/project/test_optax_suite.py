@@ -63,7 +63,7 @@ GROUPS = {
         "transforms/_monitoring_test.py",
         "tree_utils/_state_utils_test.py",
     ],
-    # On its own: it asks for eight devices when it is imported, before JAX has started.
+    # On its own: it requests eight devices when it is imported, before JAX has started.
     "sharding": ["_src/sharding_test.py"],
     # These test something else at length, and only use our functions.
     "slow": [

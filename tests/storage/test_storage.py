@@ -15,7 +15,7 @@ from helpers import stored
 
 
 def test_bfloat16_rounds_to_one_of_the_two_neighbors():
-    """Of numbers of every size and sign; numbers that bfloat16 has stay exact."""
+    """Round numbers of every size and sign; exact bfloat16 numbers stay exact."""
     rng = np.random.default_rng(0)
     x = rng.choice([-1, 1], size=20_000) * 10.0 ** rng.uniform(-37, 38, size=20_000)
     x = np.concatenate([x, [0, 1, -1, 2.0**127, 2.0**-126, 1 + 2.0**-7]]).astype(np.float32)

@@ -83,7 +83,7 @@ FORMULAS = (
 
 
 def test_a_decay_rate_is_a_number_that_keeps_the_digits_of_its_complement():
-    """In a user's rule, whose gradient selects the formula."""
+    """Step by a user's rule whose gradient selects the formula."""
 
     @adam_jax.rule()
     def selected(g, *, b1, x):
