@@ -213,6 +213,7 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
         diagnostics.plot([values])
 
 
+@pytest.mark.slow
 def test_storage_error_measures_every_leaf():
     exact = run(optimizer(storage="float32"), 5, ONE_KERNEL)
     coded = run(optimizer(storage="int8"), 5, ONE_KERNEL)[1]

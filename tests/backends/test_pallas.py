@@ -348,7 +348,9 @@ def test_kernels_step_a_sharded_leaf_shard_by_shard(shape, spec, kind):
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "kind", [slowly(AxisType.Auto), AxisType.Explicit], ids=["auto", "explicit"]
+)
 @pytest.mark.parametrize("storage", [slowly("int8"), "compact"])
 def test_shards_that_cut_blocks_equal_one_device_on_an_accelerator(storage, kind, monkeypatch):
     """On accelerators, XLA steps these shards twice, with scales computed across devices."""

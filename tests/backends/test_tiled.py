@@ -31,9 +31,9 @@ def temporaries(tx, shape, donate=(0, 1)):
 @pytest.mark.parametrize(
     "shape, donate",
     [
+        ((1335, 50257), (0, 1)),
         slowly((65536, 1024), ()),
-        *((shape, (0, 1)) for shape in ((65536, 1024), (2**26 + 3,), (1335, 50257))),
-        slowly((2**26,), (0, 1)),
+        *(slowly(shape, (0, 1)) for shape in ((65536, 1024), (2**26,), (2**26 + 3,))),
     ],
 )
 def test_temporaries_do_not_grow_with_the_leaf(shape, donate):

@@ -281,15 +281,10 @@ SIMPLER = [(name, False) for name in ("int8", "master_weights", "optax in master
 SIMPLER += [("optax", False), ("optax", True), ("groups", False), ("both", True)]
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize(
-    "name, unboxed",
-    [
-        ("both", False),
-        *(slowly(name, unboxed) for name, unboxed in SIMPLER),
-    ],
-)
+@pytest.mark.parametrize("name, unboxed", [("both", False), *SIMPLER])
 def test_partition_metadata_shards_parameters_and_state(name, unboxed):
     """Initialize sharded over 8 devices and train, with boxes (nanodo) or without (lm1b)."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -109,6 +109,7 @@ OPTAX = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, tx, kw", OPTAX)
 def test_a_reference_equals_optax(rule, tx, kw):
     g = gradients()
@@ -116,6 +117,7 @@ def test_a_reference_equals_optax(rule, tx, kw):
     assert_close(run(rule, g, **kw), with_optax(tx(**kw), g), tol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule, tx",
     [

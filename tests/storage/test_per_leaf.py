@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import adam_jax
 from adam_jax import positive, rule, signed
-from helpers import auto_slowly, says, slowly
+from helpers import every_mode, says, slowly
 
 
 @rule(mu=signed, number=positive.per_leaf().starting_at("start"), mean_square=positive.per_leaf())
@@ -50,9 +50,10 @@ def test_a_number_is_exact_in_every_backend(implementation, storage):
     check_numbers(tx, grads, grads)
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
-@auto_slowly
-@pytest.mark.parametrize("storage", [None, slowly(lambda path, leaf: "int8")])
+@every_mode
+@pytest.mark.parametrize("storage", [None, lambda path, leaf: "int8"])
 def test_a_number_is_exact_on_sharded_leaves(axis_type, storage):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     specs = {"rows": P("data", None), "columns": P(None, "data"), "replicated": P(None, None)}
