@@ -156,10 +156,12 @@ def _step(tx: Any, way: str, donated: tuple[int, ...]) -> Any:
 
 
 def _program(chip: Chip, lowered: Any, params: Any, state: Any) -> Program:
-    dump, options = tpu_dump(), {}
-    for file in glob.glob(f"{dump}/*"):
-        os.remove(file)
-    if chip is GPU:
+    options: dict[str, str] = {}
+    if chip is TPU:
+        dump = tpu_dump()
+        for file in glob.glob(f"{dump}/*"):
+            os.remove(file)
+    else:
         dump = tempfile.mkdtemp()
         if len(jax.tree.leaves(params)) == 1:  # for many kernels, this takes most of the time
             options = {"xla_dump_to": dump, "xla_dump_emitter_re": ".*"}

@@ -75,26 +75,19 @@ BY_DEFAULT = ("adam", "stable_adamw")
 """Typical rules for which these tests run by default; for the other rules they are slow."""
 
 
-def slowly(*values):
+def slowly(*values, **details):
     """Leave this case of a parametrized test to the slow set."""
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.slow, **details)
 
 
 def slow_unless_by_default(name, *values, **details):
-    marks = () if name in BY_DEFAULT else pytest.mark.slow
-    return pytest.param(name, *values, marks=marks, **details)
+    case = pytest.param if name in BY_DEFAULT else slowly
+    return case(name, *values, **details)
 
 
 def other_rules_slowly(names):
     """Parametrize a test of the engine by the rules."""
     return pytest.mark.parametrize("name", [slow_unless_by_default(name) for name in names])
-
-
-def every_rule_with(argument, value, thorough):
-    """Parametrize a test by every rule with `value`, and with `thorough`, mostly as slow tests."""
-    cases = [pytest.param(name, value, id=name) for name in RULES]
-    cases += [slow_unless_by_default(name, thorough, id=f"{name}-thorough") for name in RULES]
-    return pytest.mark.parametrize(f"name, {argument}", cases)
 
 
 typical_rules = other_rules_slowly(TYPICAL)

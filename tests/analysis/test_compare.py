@@ -91,9 +91,7 @@ def test_compare_equals_a_plain_training_loop(name, make):
         slowly(functools.partial(adam_jax.ademamix, warmup_steps=20)),
         slowly(lambda lr: optax.chain(optax.clip_by_global_norm(1.0), adam_jax.lion(lr))),
         lambda lr: adam_jax.adamw(lambda step: lr * optax.linear_schedule(1.0, 0.0, STEPS)(step)),
-        slowly(  # takes the loss
-            lambda lr: optax.chain(optax.polyak_sgd(), optax.scale(lr))
-        ),
+        slowly(lambda lr: optax.chain(optax.polyak_sgd(), optax.scale(lr))),  # takes the loss
     ],
 )
 def test_compare_takes_every_kind_of_constructor(make):

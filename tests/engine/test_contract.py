@@ -20,11 +20,11 @@ from helpers import (
     RULES,
     defaults,
     every_rule,
-    every_rule_with,
     gradients_with_everything,
     optimizer,
     other_rules_slowly,
     run_reference,
+    slow_unless_by_default,
     traces,
     tree,
     typical_rules,
@@ -125,24 +125,25 @@ PAIRS = [(p, g) for p in FLOATS for g in FLOATS]
 NARROW = [(p, p) for p in FLOATS[1:]]
 
 
-@every_rule_with("pairs", NARROW, thorough=PAIRS)
+@pytest.mark.parametrize(
+    "name, pairs",
+    [
+        *(pytest.param(name, NARROW, id=name) for name in RULES),
+        *(slow_unless_by_default(name, PAIRS, id=f"{name}-every pair") for name in RULES),
+    ],
+)
 def test_every_pair_of_dtypes_keeps_its_types_and_zero_gradients_move_nothing(name, pairs):
-    """Take two steps of a tree with a leaf for each pair of parameter and gradient dtypes."""
+    """Scan over a tree with a leaf for each pair of parameter and gradient dtypes."""
     params = {f"{p.__name__} {g.__name__}": jnp.ones((3, 4), p) for p, g in pairs}
-    grads = {f"{p.__name__} {g.__name__}": jnp.full((3, 4), 0.5, g) for p, g in pairs}
+    grads = {f"{p.__name__} {g.__name__}": jnp.full((3, 3, 4), 0.5, g) for p, g in pairs}
     tx = optimizer(name, weight_decay=0.1)
     state = tx.init(params)
-
-    update = jax.jit(tx.update)
-
-    def run(grads):
-        _, after = update(grads, state, params)
-        updates, after = update(grads, after, params)
-        chex.assert_trees_all_equal_dtypes(after, state)
-        chex.assert_trees_all_equal_dtypes(updates, grads)
-        return after, updates
-
+    run = jax.jit(
+        lambda grads: jax.lax.scan(lambda s, g: tx.update(g, s, params)[::-1], state, grads)
+    )
     after, updates = run(grads)
+    chex.assert_trees_all_equal_dtypes(after, state)
+    chex.assert_trees_all_equal_dtypes(updates, grads)
     chex.assert_tree_all_finite((after, updates))
     for moment in moments_of(state):
         for key, p in params.items():

@@ -12,7 +12,7 @@ from flax import nnx
 
 import adam_jax
 from adam_jax import reset_step_count, step_count
-from helpers import FINISHED, leaves_of, other_rules_slowly, says
+from helpers import FINISHED, leaves_of, other_rules_slowly, says, slowly
 
 PARAMS = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
 
@@ -48,12 +48,7 @@ CHAINS = {
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.slow] if name in ("int8", "masters", "record") else []
-        )
-        for name in CHAINS
-    ],
+    [slowly(name) if name in ("int8", "masters", "record") else name for name in CHAINS],
 )
 def test_only_counts_next_to_moments_restart(name):
     tx = CHAINS[name]()

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from helpers import slowly
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,7 +35,7 @@ def test_the_first_snippet_of_the_readme_trains():
 
 BY_DEFAULT = ("docs/getting_started.md", "docs/low_memory.md", "docs/your_own_variant.md")
 WITH_SNIPPETS = [
-    pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow)
+    name if name in BY_DEFAULT else slowly(name)
     for path in sorted((ROOT / "docs").rglob("*.md"))
     if "```python\n" in path.read_text("utf-8")
     and (name := path.relative_to(ROOT).as_posix()) != "docs/devices.md"

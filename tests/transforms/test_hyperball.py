@@ -72,10 +72,7 @@ def check_reference(tx, direction, spherical, learning_rate=0.05):
 adam = functools.partial(reference.adam, b2=0.95)
 
 
-@pytest.mark.parametrize(
-    "implementation",
-    ["xla", *(slowly(name) for name in ("stream", "pallas"))],
-)
+@pytest.mark.parametrize("implementation", ["xla", slowly("stream"), slowly("pallas")])
 def test_adamh_equals_its_reference(implementation):
     check_reference(adam_jax.adamh(0.05, implementation=implementation), adam, ("kernel", "stack"))
 
@@ -152,11 +149,7 @@ def int8(path, leaf):
 
 
 @pytest.mark.parametrize(
-    "implementation, storage",
-    [
-        ("auto", None),
-        *(slowly(name, int8) for name in ("stream", "pallas")),
-    ],
+    "implementation, storage", [("auto", None), slowly("stream", int8), slowly("pallas", int8)]
 )
 def test_each_entry_of_a_stack_keeps_its_own_norm(implementation, storage):
     params = {"w": normal({"w": (3, 16, 128)})["w"] * jnp.array([1, 10, 0.1])[:, None, None]}

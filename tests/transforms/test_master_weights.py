@@ -265,7 +265,7 @@ APPLIED = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name == "24 bits" else pytest.mark.slow) for name in APPLIED],
+    [name if name == "24 bits" else slowly(name) for name in APPLIED],
 )
 def test_apply_equals_update_and_apply_updates(name):
     tx = APPLIED[name]

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import adam_jax
 from benchmarks.devices import MODES
-from helpers import masters, sent, step_of
+from helpers import masters, sent, slowly, step_of
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -74,7 +74,7 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path):
 @pytest.mark.eight_devices
 @pytest.mark.parametrize(
     "mode",
-    [pytest.param(mode, marks=() if "apply" in mode else pytest.mark.slow) for mode in MODES],
+    [mode if "apply" in mode else slowly(mode) for mode in MODES],
 )
 @pytest.mark.standard_promotion
 def test_the_documented_bytes_equal_those_of_real_programs(mode):
