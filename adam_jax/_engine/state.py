@@ -210,10 +210,12 @@ def reset_step_count(state: PyTree, pattern: str | None = None) -> PyTree:
         reset, state, is_leaf=lambda node: bool(moment_fields(node))
     )
     if not found:
-        of = "" if pattern is None else f" in a group whose label matches {pattern!r}"
+        of, other = "", ""
+        if pattern is not None:
+            of, other = f" in a group whose label matches {pattern!r}", ", or another pattern"
         raise ValueError(
             f"reset_step_count: the state must have a step count next to moments{of}, got none; "
-            f"pass the state of an optimizer such as adamw, or another pattern"
+            f"pass the state of an optimizer such as adamw{other}"
         )
     return new
 

@@ -58,7 +58,7 @@ def register(name: str, signed: Code, positive: Code) -> None:
     for code, exact in ((signed, (-1, 0, 1)), (positive, (0, 1))):
         problem = _problem(name, code, exact)
         if problem:
-            raise ValueError(f"register: {name!r} {problem}")
+            raise ValueError(f"register: {problem}")
     FORMATS[name] = Format(signed, positive)
     code_of.cache_clear()
 
@@ -67,22 +67,23 @@ def _problem(name: str, code: Code, exact: tuple[int, ...]) -> str:
     """Return why a code can't be registered, or an empty string."""
     dtype = jnp.dtype(code.dtype)
     if name in FORMATS or floating(name) is not None:
-        return f"is taken; choose a name other than {', '.join(map(repr, names()))}"
+        others = ", ".join(map(repr, names()))
+        return f"name must not be taken, got {name!r}; choose one other than {others}"
     taken = [str(jnp.dtype(c.dtype)) for f in FORMATS.values() for c in f]
     if code_of(dtype) or dtype.itemsize > 2 or dtype == jnp.bfloat16:
         return (
-            f"has codes of {dtype}; choose a dtype of at most 2 bytes other than bfloat16, "
-            f"{', '.join(taken)}"
+            f"the dtype of {name!r} must be unused and of at most 2 bytes, got {dtype}; choose one "
+            f"other than bfloat16, {', '.join(taken)}"
         )
     if code.block < 1 or code.block & (code.block - 1):
-        return f"has blocks of {code.block}; choose a power of two"
+        return f"the block of {name!r} must be a power of two, got {code.block}; pass block=128"
     y = jnp.array(exact, jnp.float32)
     codes = code.encode(y * code.largest, jnp.full_like(y, 0.5))
     decoded = code.decode(codes)
     if codes.dtype != dtype or not np.array_equal(decoded, y):
         return (
-            f"gives back {np.asarray(decoded)} in {codes.dtype}, must give back {exact} in "
-            f"{dtype}; correct its encode or decode"
+            f"the code of {name!r} must return {exact} exactly, from {dtype}, got "
+            f"{np.asarray(decoded)} from {codes.dtype}; correct its encode or decode"
         )
     return ""
 
