@@ -119,7 +119,7 @@ LOW_PRECISION = ("master_weights(32)", "master_weights(24)", "stochastic_roundin
 OUTERMOST = ("apply_if_finite", "MultiSteps")
 LAYOUTS = ("replicated", "rows", "columns")
 WAYS = ("update", "apply", "eager", "extra arguments", "xla")
-"""Ways to make a step, which must all give the steps of a scan over `update`."""
+"""Ways to make a step, which must all agree with a scan over `update`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +409,7 @@ def _arguments(
     maybe("learning_rate", warmup)
     maybe("momentum", 0.9)
     maybe("weight_decay", 0.1, *([warmup] if name != "schedule_free_adamw" else []))
-    make = inspect.unwrap(getattr(adam_jax, name))  # whose annotations aren't shown by name
+    make = inspect.unwrap(getattr(adam_jax, name))  # the wrapper shows types by name only
     types = {**inspect.get_annotations(make, eval_str=True), "weight_decay_form": Form}
     for argument, parameter in parameters.items():
         literals = typing.get_args(types.get(argument))

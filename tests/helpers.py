@@ -36,7 +36,7 @@ needs_triton = pytest.mark.skipif(not has_triton(), reason="needs a JAX with Pal
 
 @rule(mu=signed, nu=positive)
 def homemade(g, mu, nu, *, t, b1=0.9, b2=0.99, eps=1e-8):
-    """Step as a user's rule, written as in a paper: plain arithmetic on the decay rates."""
+    """Return Adam's direction, written as in a paper: plain arithmetic on the decay rates."""
     mu = b1 * mu + (1 - b1) * g
     nu = b2 * nu + (1 - b2) * abs(g) ** 2
     return mu / (1 - b1**t) / (adam_jax.sqrt(nu / (1 - b2**t)) + eps), mu, nu
@@ -56,7 +56,7 @@ EVERY_RULE = {**adam_jax.rules.RULES, "homemade": homemade}
 REFERENCES = {"homemade": homemade_reference, "mars": mars_reference}
 RULES = {
     "homemade": homemade,
-    # every rule that makes a direction; some step the parameter
+    # every rule with moments, except STEPS, which step the parameter instead
     **{k: r for k, r in adam_jax.rules.RULES.items() if r.moments and k not in STEPS},
 }
 REFERENCES = {name: f for name, f in vars(reference).items() if name in RULES} | REFERENCES
@@ -133,7 +133,7 @@ def run_reference(name, gradients, **changes):
 
 
 def gradients_with_everything(steps=60):
-    """Draw sizes from 1e-3 to 10, signs that flip, an element and a step without a gradient."""
+    """Draw gradients from 1e-3 to 10 whose signs flip; one element and one step are zero."""
     rng = np.random.default_rng(1)
     g = rng.normal(size=(steps, 5, 3)) * 10.0 ** rng.uniform(-3, 1, size=(1, 5, 3))
     g[:, 0, 0] = 0

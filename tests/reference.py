@@ -450,7 +450,7 @@ def lion(g, s, *, t, b1=0.9, b2=0.99, mode="hard", smooth_beta=1.0):
     return u, {"mu": ema(b2, mu, g)}
 
 
-# --- Followers: functions of a direction, a gradient, or a parameter ----------------------------
+# --- Functions of a direction, a gradient, or a parameter ---------------------------------------
 
 
 def cautious(u, g):

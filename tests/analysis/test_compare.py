@@ -18,7 +18,7 @@ from adam_jax.cli import tasks
 from adam_jax.cli.main import main
 from helpers import says, slowly
 
-STEPS = 43  # no multiple of the chunks
+STEPS = 43  # not a multiple of the chunk size
 RATES = (0.01, 0.1, 0.3)
 SEEDS = (5, 7)
 
@@ -175,7 +175,7 @@ def test_divergence_is_found_in_a_real_run():
     ],
     ids=["diverged", "one seed", "negative", "one rate"],
 )
-def test_plot_is_a_labelled_figure(result, tmp_path):
+def test_plot_is_a_labeled_figure(result, tmp_path):
     figure = result.plot()
     figure.savefig(tmp_path / "plot.png", dpi=20)
     left, right = figure.axes
@@ -238,7 +238,7 @@ def test_branching_on_the_learning_rate_is_explained():
     assert any("'mine'" in note and "scale a schedule" in note for note in error.value.__notes__)
 
 
-def test_the_bar_counts_every_step(capsys):
+def test_the_progress_bar_counts_every_step(capsys):
     run({"adam": adam_jax.adam}, learning_rates=[0.1], seeds=1, progress=True)
     assert re.search(rf"adam: 100%.*{STEPS}/{STEPS}", capsys.readouterr().err)
 

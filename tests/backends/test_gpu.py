@@ -163,7 +163,7 @@ MASTER_ULP = 2.0**-15
 
 
 def assert_close(ours, expected):
-    """Check that floats differ by rounding, integers by one code, and NaN marks equal elements."""
+    """Check that floats differ by rounding, integers by one code, and the same elements are NaN."""
     for (path, a), (_, b) in zip(leaves_of(ours), leaves_of(expected), strict=True):
         assert a.dtype == b.dtype, path
         if jnp.issubdtype(a.dtype, jnp.floating):
@@ -201,7 +201,7 @@ def test_a_kernel_equals_xla_on_a_gpu(name, storage, compiler_options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("name", TYPICAL)
-def test_a_kernel_equals_xla_on_a_gpu_the_other_way(name, storage, compiler_options):
+def test_kernels_equal_xla_on_a_gpu_with_update_and_apply_swapped(name, storage, compiler_options):
     (way,) = WAYS.keys() - {way_of(storage)}
     check(name, storage, way, compiler_options)
 

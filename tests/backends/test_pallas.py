@@ -81,7 +81,7 @@ def trajectory(tx, params, update=None, steps=3):
 
 
 def assert_same(ours, expected, codes=0):
-    """Check floats up to rounding, and integers up to so many codes."""
+    """Check that floats differ by rounding, and integers by at most `codes`."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         if a.dtype == jnp.bfloat16:
@@ -118,7 +118,7 @@ def test_every_format_lowers_to_a_kernel(name, platform):
 
 
 @every_platform
-def test_a_number_per_leaf_lowers_to_a_kernel_for_any_axes(platform):
+def test_a_rule_with_one_number_per_leaf_lowers_to_kernels(platform):
     tx = adam_jax.novograd(0.1, storage=lambda path, leaf: "int8", implementation="pallas")
     params = {"kernel": jnp.ones((3, 16, 256)), "bias": jnp.ones(300)}
     program = lowered(platform, tx.update, params, tx.init(params), params)

@@ -20,7 +20,7 @@ def applied(tx):
     return lambda params, state, grads: adam_jax.apply(tx, grads, state, params)
 
 
-WAYS = [applied, step_of]  # by update and optax.apply_updates
+WAYS = [applied, step_of]  # adam_jax.apply; update and optax.apply_updates
 
 
 @pytest.mark.standard_promotion
@@ -64,7 +64,7 @@ TPU = AbstractMesh((), (), abstract_device=AbstractDevice("TPU v5 lite", 1, plat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["int8", "compact"])
-def test_a_program_for_tpu_computes_what_others_compute(storage):
+def test_a_step_traced_for_tpu_gives_the_same_results(storage):
     """It views leaves in the layout of a TPU's memory, if their rows and columns fill its tiles."""
     shapes = {"tiles": (32, 384), "many axes": (2, 3, 16, 256), "rows": (36, 256), "row": (64, 100)}
     params, grads = (

@@ -47,7 +47,7 @@ REAL_ONLY = ("adopt", "adam_atan2", "simplified_ademamix", "yogi")
 
 
 def check_reference(name, grads, rtol, atol):
-    """Compare updates with the reference's: a learning rate of 1 and weight decay included."""
+    """Compare updates with the reference's, at a learning rate of 1 and with weight decay."""
     tx = optimizer(name, 1.0, weight_decay=0.1)
     params = jax.tree.map(lambda g: jnp.ones_like(g[0]), grads)
     state = tx.init(params)
@@ -132,7 +132,7 @@ NARROW = [(p, p) for p in FLOATS[1:]]
         *(slow_unless_by_default(name, PAIRS, id=f"{name}-every pair") for name in RULES),
     ],
 )
-def test_every_pair_of_dtypes_keeps_its_types_and_zero_gradients_move_nothing(name, pairs):
+def test_every_pair_of_dtypes_keeps_its_types_and_zero_gradients_only_decay(name, pairs):
     """Scan over a tree with a leaf for each pair of parameter and gradient dtypes."""
     params = {f"{p.__name__} {g.__name__}": jnp.ones((3, 4), p) for p, g in pairs}
     grads = {f"{p.__name__} {g.__name__}": jnp.full((3, 3, 4), 0.5, g) for p, g in pairs}

@@ -21,7 +21,7 @@ from helpers import QUICKLY, RULES, every_mode, normal, optimizer, slowly, tree,
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
 Y = jnp.asarray(np.random.default_rng(1).normal(size=(16, 4)), jnp.float32)
 STEPS = 6
-TOLERANCE = 2e-5  # of steps of 0.1, whose bias correction Optax rounds
+TOLERANCE = 2e-5  # steps are 0.1, and Optax rounds the bias correction
 KERNELS, BIASES = ({f"layers/{i}/{name}" for i in range(2)} for name in ("kernel", "bias"))
 
 

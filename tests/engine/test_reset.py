@@ -62,13 +62,13 @@ def test_only_counts_next_to_moments_restart(name):
     assert changed and all(x == 0 for x in changed.values())
 
 
-def test_the_learning_rates_schedule_continues():
+def test_the_learning_rate_schedule_continues_after_a_reset():
     tx = adam_jax.adamw(warmup)
     state = reset_step_count(after(tx))
     assert (state[0].count, state[2].count) == (0, 3)
 
 
-def test_the_next_step_is_adams_first_with_old_moments():
+def test_the_step_after_a_reset_corrects_biases_as_the_first_step():
     """Compare with the formula of Ellis et al. (2024): t = 1 in both bias corrections."""
     tx = adam_jax.adam(1.0, b1=0.9, b2=0.999, eps=0.0)
     g = {"kernel": jnp.ones((2, 3)), "bias": jnp.full(3, -2.0)}

@@ -45,7 +45,7 @@ VARIANTS = {
         *((n, "int8") for n in ("AdamW", "SGD", "RMSprop")),
     ],
 )
-def test_a_pytorch_run_continues_here(name, storage):
+def test_a_pytorch_run_continues_in_adam_jax(name, storage):
     torch = pytest.importorskip("torch")
     given, make = VARIANTS[name]
     tensors = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in START.items()}

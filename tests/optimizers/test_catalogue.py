@@ -65,7 +65,7 @@ def test_list_prints_the_table(capsys):
     assert all(re.search(rf"^{name} ", printed, re.MULTILINE) for name in ENTRIES)
 
 
-def test_markdown_has_as_many_cells_in_every_row(capsys):
+def test_every_row_of_the_markdown_table_has_the_same_number_of_cells(capsys):
     main(["list", "--markdown"])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(ENTRIES) + 2

@@ -56,7 +56,7 @@ def test_scaling_gradients_by_a_power_of_two_changes_no_bit(power):
 
 
 def test_the_first_step_without_bias_correction_is_too_large():
-    # corrections in place, the first step is 1; `rms` without them shows the excess
+    # with bias correction, the first step is 1; without it, the step is `excess`
     for decay, excess in [(0.99, 10.0), (0.999, 31.6), (0.9999, 100.0)]:
         plain = adam_jax.scale_by_rms(decay=decay, eps=0.0)
         fair = adam_jax.scale_by_rms(decay=decay, eps=0.0, bias_correction=True)
@@ -65,8 +65,8 @@ def test_the_first_step_without_bias_correction_is_too_large():
         np.testing.assert_allclose(trajectory(fair, g), 1.0, rtol=1e-6)
 
 
-def test_how_long_steps_without_bias_correction_are_too_large():
-    with jax.enable_x64(True):  # 10⁴ float32 averages would move the last by five steps
+def test_steps_without_bias_correction_stay_too_large_for_many_steps():
+    with jax.enable_x64(True):  # in float32, the last count would be off by five
         for decay, steps in [(0.99, 174), (0.999, 1750), (0.9999, 17511)]:
             tx = adam_jax.scale_by_rms(decay=decay, eps=0.0)
             g = jnp.ones(20_000, jnp.float64)
@@ -142,7 +142,7 @@ def test_adam_diverges_and_amsgrad_converges_on_reddis_online_problem():
             updates, state = tx.update(c, state, x)
             return (jnp.clip(x + updates, -1, 1), state, regret + c * (x + 1) / steps), None
 
-        def block(carry, k):  # so that regrets of a like size are summed
+        def block(carry, k):  # in blocks, to sum regrets of similar size
             x, state, regret = jax.lax.scan(step, (*carry, zero), 2000 * k + jnp.arange(1, 2001))[0]
             return (x, state), regret
 
@@ -219,7 +219,7 @@ def test_adam_learns_rare_classes_faster_than_sgd():
 
 
 def test_weight_decay_forms_differ_as_documented():
-    """L2 enters the moments; decoupled is scaled by η; independent not; cautious only shrinks."""
+    """L2 enters the moments; decoupled is scaled by η, independent isn't; cautious only shrinks."""
     p, g = jnp.array([2.0, -2.0]), jnp.array([0.5, 0.5])
 
     def step(form, learning_rate):
@@ -233,7 +233,7 @@ def test_weight_decay_forms_differ_as_documented():
         np.testing.assert_allclose(step("l2", rate), -rate * jnp.sign(g + 0.1 * p), rtol=1e-5)
 
 
-def test_adamw_ends_inside_its_box():
+def test_adamw_ends_within_the_bound_of_its_weight_decay():
     """Xie & Li (2024): AdamW ends inside ‖x‖∞ ≤ 1/λ; Adam with L2 ends between x* and 0."""
     target = jnp.array([5.0, 1.0, -3.0])
     steps = 20_000

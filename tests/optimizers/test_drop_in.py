@@ -34,7 +34,7 @@ def both(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_signature_begins_with_optaxs(name):
+def test_a_signature_has_the_arguments_of_optax(name):
     ours, theirs = (list(inspect.signature(f).parameters.values()) for f in both(name))
     by_name = {p.name: p for p in ours}
     for p in theirs:
@@ -94,7 +94,7 @@ def test_nothing_private_of_another_package_is_imported():
 
 
 def trees(steps, has_complex=False):
-    """Return parameters, of which one may be complex, and gradients that pause and then shrink."""
+    """Return parameters, one complex if asked, and gradients that are zero once and then shrink."""
     rng = np.random.default_rng(0)
     kernel, bias, scale = rng.normal(size=(3, 4, 3))
     dense = {"kernel": kernel, "bias": bias + 1j if has_complex else bias}
@@ -227,7 +227,7 @@ def test_every_argument_of_optax_is_tested():
 @pytest.mark.parametrize(
     "name", ["adamw", "nadam", "amsgrad", "novograd", "radam", "rmsprop", "sgd"]
 )
-def test_a_state_of_optax_continues_here(name):
+def test_a_state_of_optax_continues_in_adam_jax(name):
     with jax.enable_x64(True):
         params, gradients = trees(20)
         mine, theirs = (f(1e-2) for f in both(name))

@@ -24,7 +24,7 @@ from helpers import (
 standard = pytest.mark.standard_promotion
 
 
-# Followers against their references
+# Rules that follow a direction, against their references
 
 
 def run_rule(rule, u, **given):
@@ -98,7 +98,7 @@ def test_pytorch_and_optax_differ_in_amsgrad_and_nadam(name, theirs):
 # AdEMAMix's warmups
 
 
-def test_ademamix_warms_up_its_memory_and_its_weight():
+def test_ademamix_warms_up_b3_and_alpha():
     b3, alpha = adam_jax.schedules.ademamix_warmup(0.9, 0.9999, 8.0, 1000)
     np.testing.assert_allclose([alpha(0), alpha(250), alpha(5000)], [0.0, 2.0, 8.0])
     values = [b3(jnp.int32(t)) for t in (0, 500, 1000, 5000)]
@@ -282,7 +282,7 @@ def test_moments_reads_all_rules_of_an_optimizer():
     assert set(read) == {"g_prev", "mu", "nu"}
 
 
-def test_momentum_after_the_learning_rate_does_not_amplify_the_decay():
+def test_momentum_of_rmsprop_does_not_amplify_weight_decay():
     p, zero = jnp.ones(2), jnp.zeros(2)
     for form, expected in [("decoupled", -0.01), ("independent", -0.1)]:
         tx = adam_jax.rmsprop(0.1, momentum=0.9, weight_decay=0.1, weight_decay_form=form)
@@ -332,7 +332,7 @@ def test_rules_without_moments_may_count_steps():
         np.testing.assert_allclose(updates, -2 / step)
 
 
-def test_a_huge_gradient_of_one_element_spoils_no_other():
+def test_a_huge_gradient_in_one_element_does_not_stop_the_others():
     g = jnp.array([1e30, 1.0])
     tx = adam_jax.stable_adamw(0.1)
     updates, _ = tx.update(g, tx.init(g), g)

@@ -202,7 +202,7 @@ def test_all_layers_share_the_estimate_under_gradient_release(two_pass):
     np.testing.assert_allclose(flat(released), flat(plain), rtol=1e-10)
 
 
-def test_a_tree_without_gradients_keeps_the_estimate():
+def test_zero_gradients_keep_the_estimate():
     tx = prodigy()
     params = parameters()
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -229,7 +229,7 @@ def test_states_of_one_optimizer_share_no_array():
         (1.0, ("a dict of scalars", "1.0")),
     ],
 )
-def test_a_function_that_returns_no_scalars_is_an_error(returned, parts):
+def test_update_scalars_must_return_the_declared_scalars(returned, parts):
     @adam_jax.rule(norm=adam_jax.scalar, update_scalars=lambda norm: returned)
     def plain(g, *, norm):
         return g
@@ -239,7 +239,7 @@ def test_a_function_that_returns_no_scalars_is_an_error(returned, parts):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
 
 
-def test_a_function_of_scalars_takes_no_arrays():
+def test_update_scalars_cannot_take_the_parameter():
     with pytest.raises(TypeError, match=says("rule plain", "update_scalars", "got p")):
 
         @adam_jax.rule(norm=adam_jax.scalar, update_scalars=lambda norm, *, p: {"norm": norm})
@@ -247,7 +247,7 @@ def test_a_function_of_scalars_takes_no_arrays():
             return g
 
 
-def test_a_pair_of_decay_rates_is_a_pair():
+def test_betas_must_be_a_pair():
     with pytest.raises(TypeError, match=says("prodigy", "betas", "(b1, b2)", "0.9")):
         prodigy(betas=0.9)
 

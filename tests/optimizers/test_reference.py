@@ -278,7 +278,7 @@ def test_adam_s_equals_its_closed_form():
     assert_close(u, expected[:, None] * [1, -1])
 
 
-# Followers.
+# Rules that follow a direction.
 
 
 def test_mars_equals_the_authors_code():

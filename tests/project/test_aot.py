@@ -1,4 +1,4 @@
-"""Programs compile for a described TPU or GPU with its real compiler, on a machine without one.
+"""Programs compile for a TPU or GPU with its real compiler, on a machine that has neither.
 
 Needs pip install "adam_jax[aot]". Without it these tests are skipped, but not in CI.
 """
@@ -31,7 +31,7 @@ every_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     "way, storage", [("update", "int8"), ("apply", "int8"), ("apply", "compact")]
 )
-def test_the_canonical_stack_compiles_to_one_kernel_per_quantized_leaf(kind, way, storage):
+def test_adamw_with_masters_and_zero1_takes_one_kernel_per_quantized_leaf(kind, way, storage):
     program = aot.stack(storage, kind, way)
     assert aot.kernels(program) == 1
     assert aot.all_gathers(program) == 1  # of the parameter, or of its update
@@ -41,7 +41,7 @@ def test_the_canonical_stack_compiles_to_one_kernel_per_quantized_leaf(kind, way
 
 @every_kind
 def test_a_sharded_parameter_is_stepped_by_one_kernel_without_a_gather(kind):
-    """On automatic axes zero1 gets the specs; explicit ones are in the types."""
+    """On automatic axes, zero1 gets the specs; on explicit axes, they are in the types."""
     mesh = aot.mesh(kind)
     tx = adam_jax.adamw(1e-3, storage="int8")
     if kind == AxisType.Auto:
@@ -127,7 +127,7 @@ def test_master_weights_by_update_need_few_instructions_on_gpu():
 
 @pytest.mark.parametrize("chip", aot.CHIPS)
 @pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_sums_over_a_leaf_are_part_of_its_step(chip, storage):
+def test_sums_over_a_leaf_need_no_second_pass(chip, storage):
     program = aot.leaf_of(chip, adam_jax.prodigy(storage=storage))
     assert aot.moved(program) <= 1.03
     assert program.temporaries <= 2**20

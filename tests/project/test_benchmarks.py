@@ -24,11 +24,11 @@ def test_tables_show_the_measured_results(page):
             assert not (report.RESULTS / f"{name}.json").exists()
             continue
         document = json.loads((report.RESULTS / f"{name}.json").read_text())
-        assert report.filled(text, name, document) == text, f"{name}: its table is another"
+        assert report.filled(text, name, document) == text, f"{name}: the page's table is stale"
 
 
 @pytest.mark.slow
-def test_the_benchmark_for_a_gpu_runs_whole_on_cpu():
+def test_the_gpu_benchmark_runs_completely_on_cpu():
     """Packages that aren't installed are named; the rows of others must not fail."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny"]
     env = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -39,7 +39,7 @@ one_or_eight = pytest.mark.parametrize(
 
 
 @one_or_eight
-def test_a_few_random_compositions_keep_every_promise(devices):
+def test_a_few_random_compositions_pass_all_checks(devices):
     """Draw the same compositions in every run."""
     fuzz(1, devices, max_examples=3 if devices == 1 else 1, phases=[Phase.generate])
 
@@ -47,7 +47,7 @@ def test_a_few_random_compositions_keep_every_promise(devices):
 @pytest.mark.slow
 @one_or_eight
 @pytest.mark.parametrize("part", range(2))
-def test_many_random_compositions_keep_every_promise(devices, part):
+def test_many_random_compositions_pass_all_checks(devices, part):
     """Draw the same compositions in every run; CI at night sets another COMPOSITIONS_SEED."""
     seed = int(os.environ.get("COMPOSITIONS_SEED", 1000))
     fuzz(seed + part, devices, max_examples=30, thorough=True)
@@ -201,7 +201,7 @@ assert FAILED_ONCE.keys() > TESTED_ELSEWHERE
         for name, c in FAILED_ONCE.items()
     ],
 )
-def test_compositions_that_failed_once_keep_every_promise(composition):
+def test_compositions_that_failed_once_pass_all_checks(composition):
     """Check compositions that showed a defect."""
     check(composition)
 
@@ -315,7 +315,7 @@ def check_recorded(composition, state):
 
 
 def check_steps(composition, trajectory):
-    """Check that each way to step follows the trajectory in one trace, and changes no type.
+    """Check that the steps follow the trajectory in one trace, and change no type.
 
     Every step starts on the trajectory, so that rounding doesn't add up.
     """
@@ -437,9 +437,9 @@ def assert_close(composition, ours, expected, before):
     for (path, x), y, z in trees:
         x, y, z = map(np.asarray, (x, y, z))
         if split and "rest" in path.split("/"):
-            continue  # compared with the parameter above it, as a master
+            continue  # a residual; the masters that it belongs to are compared
         if "signal_to_noise" in path:
-            continue  # a histogram: rounding moves what is on the edge of a bin
+            continue  # a histogram: rounding moves values on the edge of a bin
         if x.dtype in (np.int8, np.uint8):
             apart = np.abs(x.astype(np.int32) - y.astype(np.int32))
             assert not apart.size or apart.max() <= 1, f"{path}: codes {apart.max()} apart"

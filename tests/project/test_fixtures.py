@@ -1,7 +1,7 @@
 """States of earlier versions restore, and training continues from them.
 
 Each file is {"params", "state", "grads", "after"}: parameters and state after 5 steps of commit
-5e38ab5, the gradients of 3 more, and the parameters that the commit made of them.
+5e38ab5, the gradients of 3 more, and the parameters after these 3 steps.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_int8_takes_about_two_bytes_of_state_per_parameter(tree):
     params = tree()
     count = sum(x.size for x in jax.tree.leaves(params))
     report = adam_jax.memory_report(adam_jax.adamw(1e-3, storage="int8"), params)
-    assert report.state_bytes <= 2.13 * count + 4  # and an int32 count
+    assert report.state_bytes <= 2.13 * count + 4  # 4: the step count
     assert str(report).startswith("part")
 
 
@@ -94,7 +94,7 @@ sizes = st.one_of(st.just(0.0), st.floats(2.0**-122, float(np.float32(1e38)), wi
     st.sampled_from([1, -1]),
 )
 def test_int8_rounds_to_a_neighboring_code(x, sign):
-    """(q + 1)² - q² = 2q + 1 of n² for q = n·√(x/s): an error of (2·√(x/s)·n + 1)/n² of s."""
+    """Codes q = n·√(x/s) and q + 1 decode to s·q²/n² and s·(q + 1)²/n²: s·(2q + 1)/n² apart."""
     edges = range(0, x.shape[-1], 128)
     largest = np.concatenate(
         [np.broadcast_to(x[..., i : i + 128].max(-1, keepdims=True), x[..., i : i + 128].shape)
@@ -109,7 +109,7 @@ def test_int8_rounds_to_a_neighboring_code(x, sign):
     assert np.all(positive[(x > 0) & (largest > 1e-30)] > 0)
 
 
-def test_int8_keeps_zeros_and_a_nan_spoils_only_its_block():
+def test_int8_keeps_zeros_and_a_nan_makes_only_its_block_nan():
     for zeros in stored(np.zeros((2, 300), np.float32), int8):
         np.testing.assert_array_equal(zeros, 0)
     for bad in (np.nan, np.inf):
@@ -242,7 +242,7 @@ def test_int8_momentum_gets_a_step_count_for_its_rounding():
 
 
 @standard
-def test_a_nan_gradient_spoils_its_block_or_is_skipped():
+def test_a_nan_gradient_makes_its_block_nan_unless_the_step_is_skipped():
     params = jnp.ones((32, 256))
     tx, exact = (adam_jax.adamw(1e-3, storage=s) for s in ("int8", "float32"))
     bad = params.at[3, 200].set(jnp.nan)

@@ -34,7 +34,7 @@ def scan(tx, gradient, steps, measure):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(RULES) - {"rms_centered"}))  # rms_variance is its form
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"rms_centered"}))  # int8 uses rms_variance
 def test_int8_takes_no_step_much_larger_than_float32(name):
     """int8's largest step, after the first 20 of 300, is at most 5 times float32's.
 

@@ -25,7 +25,7 @@ THIRD = np.float32(1 / 3)
 
 
 def check_numbers(tx, params, grads):
-    """Check that the number stays, to the bit, and that the mean is g's."""
+    """Check that the number stays, to the bit, and that mean_square is the mean of g²."""
     state = tx.init(params)
     update = jax.jit(tx.update)
     for _ in range(3):
@@ -40,7 +40,7 @@ def check_numbers(tx, params, grads):
 
 @pytest.mark.parametrize("storage", [slowly(None), "int8"])
 @pytest.mark.parametrize("implementation", ["xla", "stream", slowly("pallas")])
-def test_a_number_is_exact_in_every_backend(implementation, storage):
+def test_a_number_per_leaf_is_exact_in_every_backend(implementation, storage):
     rng = np.random.default_rng(0)
     shapes = {"tiles": (515, 300), "vector": (5000,), "stack": (3, 40, 300), "scalar": ()}
     grads = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
@@ -54,7 +54,7 @@ def test_a_number_is_exact_in_every_backend(implementation, storage):
 @pytest.mark.eight_devices
 @every_mode
 @pytest.mark.parametrize("storage", [None, lambda path, leaf: "int8"])
-def test_a_number_is_exact_on_sharded_leaves(axis_type, storage):
+def test_a_number_per_leaf_is_exact_on_sharded_leaves(axis_type, storage):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     specs = {"rows": P("data", None), "columns": P(None, "data"), "replicated": P(None, None)}
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_a_number_is_exact_on_sharded_leaves(axis_type, storage):
         assert all(s.spec == P() for s in sharding.number.values())
 
 
-def test_a_number_has_a_storage_of_its_own():
+def test_a_number_per_leaf_is_float32_in_every_storage():
     params = {"w": jnp.ones((64, 128), jnp.bfloat16)}
     for storage in (
         "int8",
@@ -92,7 +92,7 @@ def test_a_number_has_a_storage_of_its_own():
         adam_jax.scale_by_rule(numbers, start=1 / 3, storage="factored")
 
 
-def test_a_number_is_per_member_under_vmap():
+def test_members_under_vmap_have_their_own_number_per_leaf():
     g = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)), jnp.float32)
     tx = adam_jax.novograd(0.1)
     together = jax.vmap(lambda g: tx.update(g, tx.init(g), g))(g)
@@ -103,7 +103,7 @@ def test_a_number_is_per_member_under_vmap():
         )
 
 
-def test_a_number_of_another_shape_is_an_error():
+def test_a_number_per_leaf_of_another_shape_is_an_error():
     params = {"w": jnp.ones((4, 3))}
     tx = adam_jax.novograd(0.1)
     (state, rest) = tx.init(params)
@@ -112,7 +112,7 @@ def test_a_number_of_another_shape_is_an_error():
         tx.update(params, (wrong, rest), params)
 
 
-def test_convert_state_keeps_numbers():
+def test_convert_state_keeps_numbers_per_leaf():
     params = {"w": jnp.ones((64, 128))}
     plain, quantized = adam_jax.novograd(0.1), adam_jax.novograd(0.1, storage="int8")
     _, state = optax.novograd(0.1).update(params, optax.novograd(0.1).init(params), params)

@@ -1,4 +1,4 @@
-"""On eight virtual CPU devices, every sharding gives one run and gathers nothing."""
+"""On eight virtual CPU devices, every sharding gives one device's run, and gathers nothing."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_every_sharding_gives_the_same_bits(axis_type):
 @every_mode
 @typical_rules
 def test_the_state_is_sharded_like_the_parameters(name, axis_type):
-    """Check an eager init, a jitted one, and, if shardings are types, a step."""
+    """Check an eager init, and a jitted one (automatic axes) or a step (explicit axes)."""
     mesh, tx = make_mesh(axis_type), make(name)
     with jax.set_mesh(mesh):
         params = place_on(mesh)(arrays(0))

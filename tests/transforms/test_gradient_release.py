@@ -110,7 +110,7 @@ def test_fifty_steps_of_a_transformer_equal_usual_steps_in_float64(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "lion", "ademamix", "lamb"])
-def test_in_float32_they_differ_by_a_few_roundings(name):
+def test_in_float32_released_and_usual_steps_differ_by_a_few_roundings(name):
     """Allow 8 roundings in 50 steps; on CPU, rematerialization alone changes no bit."""
     tx = getattr(adam_jax, name)(SCHEDULE, weight_decay=0.1)
     params, tokens = layered.transformer(), layered.batches(50)
@@ -277,8 +277,8 @@ def test_two_passes_skip_a_step_whose_gradient_is_not_finite():
     assert adam_jax.step_count(state) == 2
 
 
-def test_clipping_by_the_previous_norm():
-    """Check that the first norm is the first step's own, and that NaN isn't remembered."""
+def test_clip_to_previous_norm_clips_by_the_norm_of_the_last_step():
+    """Check that the first step uses its own norm, and that NaN isn't stored."""
     tx = adam_jax.chain(adam_jax.clip_to_previous_norm(0.1), optax.sgd(0.1))
     params, xs = mlp(), inputs(3)
     norm, expected, gradient_of = None, params, jax.jit(jax.grad(loss))
@@ -310,7 +310,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
 
 
 @pytest.mark.parametrize("microbatches", [slowly(1), 2])
-def test_auxiliary_losses_and_results(microbatches):
+def test_auxiliary_losses_are_added_and_aux_is_returned(microbatches):
     def with_penalty(p, h):
         h = layer(p, h)
         return h, 0.1 * jnp.mean(h**2)
@@ -339,7 +339,7 @@ def test_auxiliary_losses_and_results(microbatches):
     assert aux["h"].shape == (4, 4)
 
 
-def test_a_context_has_the_index_a_key_of_its_own_and_what_is_shared():
+def test_ctx_has_the_layer_index_a_key_and_shared_arrays():
     def noise(key):
         return jax.random.normal(key, (4,))[None]
 
@@ -423,7 +423,7 @@ def test_what_needs_the_whole_gradient_raises(tx, parts):
     ],
     ids=["structure", "empty", "sizes", "integers"],
 )
-def test_parameters_of_another_form_raise(change, parts):
+def test_parameters_of_the_wrong_structure_raise(change, parts):
     with pytest.raises(ValueError, match=says("gradient_release", *parts)):
         small(adam_jax.adam(1e-3)).init(change(mlp()))
 
@@ -439,7 +439,7 @@ def test_parameters_of_another_form_raise(change, parts):
     ],
     ids=["first", "shape", "structure", "last", "microbatches"],
 )
-def test_results_of_another_form_raise(model, parts):
+def test_wrong_results_of_the_model_functions_raise(model, parts):
     step, params = small(adam_jax.adam(1e-3), **model), mlp()
     with pytest.raises(ValueError, match=says("gradient_release", *parts)):
         step(params, step.init(params), inputs()[0])
@@ -513,7 +513,7 @@ def test_the_memory_report_counts_the_gradient_of_one_layer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "compact"])
-def test_a_step_holds_less_than_four_layers_beside_its_operands(storage):
+def test_a_step_needs_less_than_four_layers_besides_its_operands(storage):
     """Compile 24 layers of width 512: the gradient of all layers would be 24 layers."""
     width, count, length = 512, 24, 64
 

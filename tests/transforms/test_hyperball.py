@@ -120,7 +120,7 @@ def test_leaves_of_norm_0_and_masked_leaves_take_the_plain_step():
 @pytest.mark.parametrize(
     "mask", [{"a": True, "b": False}, {"a": False, "b": None}, lambda p: False]
 )
-def test_every_form_of_a_mask_leaves_each_leaf_one_step(mask):
+def test_every_form_of_a_mask_gives_each_leaf_exactly_one_step(mask):
     params = {"a": {"w": jnp.ones((4, 3))}, "b": {"w": jnp.ones((4, 3))}}
     tx = adam_jax.adamh(0.1, mask=mask)
     updates, _ = tx.update(params, tx.init(params), params)
@@ -171,7 +171,7 @@ def test_each_entry_of_a_stack_keeps_its_own_norm(implementation, storage):
         np.testing.assert_allclose(after["w"], layers, rtol=2e-5, atol=1e-6)
 
 
-def test_two_batch_axes_and_a_batch_of_one():
+def test_two_batch_axes_and_a_batch_of_one_keep_each_norm():
     params = normal({"w": (1, 4, 6, 5)})
     after, state = run(adam_jax.adamh(0.05, batch_axes=2), params)
     own = [np.linalg.norm(np.asarray(p["w"], np.float64), axis=(2, 3)) for p in (after, params)]
@@ -193,7 +193,7 @@ def test_sharded_leaves_take_the_same_steps(axis_type, storage, batch_axes):
     sharded = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in params.items()}
     for wrapped in (tx, adam_jax.zero1(tx, mesh, specs=specs)):
         after, state = run(wrapped, sharded, 3)
-        # a code may be the next one
+        # a code may differ by one
         tolerance = 2e-3 if storage else 1e-6
         chex.assert_trees_all_close(after, expected, rtol=tolerance, atol=tolerance)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))

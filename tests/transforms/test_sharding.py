@@ -120,7 +120,7 @@ def make(name):
 
 
 def trained(tx, params, grads, steps=20):
-    """Parameters and state after so many steps, and the program."""
+    """Return parameters and state after some steps, and the program."""
     state = tx.init(params)
     compiled = jax.jit(step_of(tx)).lower(params, state, grads[0]).compile(QUICKLY)
     for t in range(steps):
@@ -439,7 +439,7 @@ def test_sharding_errors_say_what_to_do():
 @pytest.mark.parametrize("storage", [slowly("bfloat16"), "int8"])
 @pytest.mark.parametrize("wrap", ["zero1", slowly("master_weights"), slowly("fsdp")])
 def test_an_eager_init_shards_the_state(axis_type, storage, wrap):
-    """Call init outside of jit and of any mesh context, as in the README."""
+    """Call init outside of jit and of any mesh context, as in docs/devices.md."""
     mesh = make_mesh(kind=axis_type)
     tx = adam_jax.adamw(1e-3, storage=storage)
     dtype, spec = (jnp.float32, P("data")) if wrap == "fsdp" else (jnp.bfloat16, P())

@@ -88,7 +88,7 @@ def test_cautious_true_masks_the_direction_before_the_decay(name):
     plain = FINISHED[name](1.0, weight_decay=None)
     careful = FINISHED[name](1.0, weight_decay=0.5, cautious=True)
     if name in ("lamb", "prodigy", "rmsprop", "sgd"):
-        pytest.skip("what follows the direction depends on more than it")
+        pytest.skip("later rules depend on more than the direction")
     u = -np.asarray(updates_over(plain, g, params))
     expected = [-reference.cautious(a, b) - 0.5 for a, b in zip(u, g, strict=True)]
     np.testing.assert_allclose(updates_over(careful, g, params), expected, rtol=1e-5, atol=1e-5)

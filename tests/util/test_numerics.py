@@ -31,7 +31,7 @@ def test_bias_correction_keeps_all_digits(b):
 
 
 @pytest.mark.parametrize("b", RATES[2:])
-def test_radams_averaging_length_keeps_its_digits(b):
+def test_the_averaging_length_of_radam_is_accurate(b):
     """Where little is averaged yet, the naive form cancels: ρ is small against ρ_∞."""
     tx = adam_jax.scale_by_radam(b1=0.0, b2=b, eps=0.0)
     final = 2 / (1 - Decimal(b)) - 1
@@ -46,7 +46,7 @@ def test_radams_averaging_length_keeps_its_digits(b):
         assert float(got) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_nadams_product_of_momenta_keeps_its_digits():
+def test_the_momentum_product_of_nadam_is_accurate():
     g = gradients_with_everything(400)
     decays = (0.0, 0.004, 1.0)
 
@@ -82,7 +82,7 @@ FORMULAS = (
 )
 
 
-def test_a_decay_rate_is_a_number_that_keeps_the_digits_of_its_complement():
+def test_a_decay_rate_works_as_a_number_and_its_complement_is_accurate():
     """Step by a user's rule whose gradient selects the formula."""
 
     @adam_jax.rule()
