@@ -1,6 +1,6 @@
 """The programs that a TPU v5e and an H100 would run for a step, compiled without either.
 
-python -m benchmarks.aot            # every row: about 30 minutes on two cores
+python -m benchmarks.aot            # every row
 python -m benchmarks.aot tpu int8   # the rows whose names contain every word
 
 Needs pip install -e ".[aot]". Nothing runs: the figures are bytes, instructions, and launches of
@@ -64,7 +64,7 @@ device_description_str: "NVIDIA H100 80GB HBM3" """
 
 
 class Chip(NamedTuple):
-    """A described accelerator."""
+    """An accelerator that programs are compiled for."""
 
     lowering: str
     """The platform's name for lowering."""
@@ -91,7 +91,7 @@ ELEMENTS_PER_THREAD = 16  # see adam_jax/_backends/triton.py
 
 @functools.cache
 def tpu_dump() -> str:
-    """Make libtpu write its bundles to this folder; it reads the flags when it is loaded."""
+    """Return a folder for libtpu's bundles; libtpu reads the flags when it is loaded."""
     folder = tempfile.mkdtemp(prefix="adam_jax_llo")
     os.environ["LIBTPU_INIT_ARGS"] = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
@@ -112,7 +112,7 @@ def devices(chip: Chip) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def there(chip: Chip) -> Iterator[None]:
-    """Trace for one of these chips, which isn't here."""
+    """Trace for a chip that this machine doesn't have."""
     device = AbstractDevice(chip.kind, num_cores=1, platform=chip.lowering)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         yield
@@ -133,7 +133,7 @@ class Program(NamedTuple):
 
 
 def compiled(chip: Chip, tx: Any, params: Any, way: str = "apply") -> Program:
-    """Compile `apply`, or `update`, with parameters and state donated."""
+    """Compile `apply`, donating parameters and state, or `update`, donating gradients and state."""
     place = functools.partial(
         jax.tree.map,
         lambda x: jax.ShapeDtypeStruct(
@@ -205,7 +205,7 @@ def sharded(
 
 
 def stack(storage: str, kind: AxisType, way: str) -> Program:
-    """Compile the README's stack on a mesh: clipping, AdamW, a schedule, master weights, ZeRO-1."""
+    """Compile a full stack on a mesh: clipping, AdamW, a schedule, master weights, ZeRO-1."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 10_000)
     mask = adam_jax.not_matching("bias", "norm")
     tx = adam_jax.chain(
@@ -252,7 +252,8 @@ def instructions(program: Program) -> list[Instruction]:
             continue
         operands = re.findall(r"%[\w.\-]+", rest.partition(")")[0])
         moved = sizes[name] + sum(sizes.get(x, 0) for x in operands)
-        if operation in ("slice-start", "copy-start") and _VMEM in shape:  # or out of it
+        if operation in ("slice-start", "copy-start") and _VMEM in shape:
+            # a copy into vector memory or out of it moves its bytes once
             moved = _bytes(re.findall(rf"\w+\[[\d,]*\]\S*{re.escape(_VMEM)}", shape)[0], vmem=True)
         found.append(Instruction(operation, moved))
     return found

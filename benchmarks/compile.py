@@ -37,7 +37,7 @@ def step(tx: Any) -> Callable[..., Any]:
 class Build:
     """Repeated builds of a tree's step.
 
-    Garbage is collected beforehand, so that no collection falls into a timed build.
+    Garbage is collected beforehand, so that no collection happens during a timed build.
     """
 
     def __init__(self, make: Callable[..., Any], tree: Any):

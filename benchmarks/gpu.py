@@ -320,7 +320,7 @@ TRAINED: dict[str, tuple[Callable[[], Any], Any]] = {
 
 
 def training_row(name: str, tiny: bool) -> dict[str, Any]:
-    """Train GPT-2 for some steps; the process must do nothing else, for the device's peak."""
+    """Train GPT-2 for some steps, alone in its process, so that the device's peak is its own."""
     make, dtype = TRAINED[name]
     tree, batch = (trees.gpt2(1, 64, 257, 16), 2) if tiny else (trees.gpt2(), 8)
     tx, context = make(), tree["wpe"][0]
@@ -354,7 +354,7 @@ def training_row(name: str, tiny: bool) -> dict[str, Any]:
 
 
 def trained_alone(name: str, tiny: bool) -> dict[str, Any]:
-    """Return the row of a new process."""
+    """Measure a row in a new process."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--training", name, *["--tiny"] * tiny]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=150)
     return json.loads(done.stdout.splitlines()[-1])

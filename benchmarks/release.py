@@ -1,6 +1,6 @@
 """Memory and time of a training step with gradient release, on CPU and compiled for a TPU v5e.
 
-python -m benchmarks.release            # every row: about 10 minutes on two cores
+python -m benchmarks.release            # every row
 python -m benchmarks.release cpu int8   # the rows whose names contain every word
 
 Only the time is measured by running steps. The v5e rows need pip install -e ".[aot]".

@@ -36,7 +36,7 @@ rng = np.random.default_rng(0)
 model = eqx.nn.MLP(64, 10, width_size=256, depth=2, key=jax.random.key(0))
 first_weight = model.layers[0].weight
 
-# The first layer keeps its random weights: its leaves, and functions, are None in `trained`.
+# In `trained`, functions and the first layer's leaves are None, so the layer keeps its weights.
 trainable = jax.tree.map(eqx.is_inexact_array, model)
 trainable = eqx.tree_at(lambda m: m.layers[0], trainable, replace=False)
 trained, frozen = eqx.partition(model, trainable)

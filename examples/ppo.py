@@ -30,7 +30,7 @@ def step(envs, action, key):
 
 def network(params, envs):
     out = jnp.tanh(jnp.tanh(envs @ params[0]) @ params[1]) @ params[2]
-    return jax.nn.log_softmax(out[..., :2]), out[..., 2]  # of two actions; the value
+    return jax.nn.log_softmax(out[..., :2]), out[..., 2]  # two log-probabilities, and a value
 
 
 def loss_fn(params, envs, action, old, advantage, target):
