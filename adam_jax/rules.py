@@ -264,7 +264,7 @@ def adam_atan2(g, mu, nu, *, t, b1, b2, a, b):
 def adam_s(g, mu, *, b1, b2, eps):
     """Zhang et al. (2025), AdamS: in nu = ema(b2, nu, g²), the old mu² replaces the old nu.
 
-    Neither is bias-corrected. Zhou & Xie's AdamS (stable weight decay) is another method.
+    There is no bias correction. Zhou & Xie's AdamS (stable weight decay) is another method.
     """
     mu_next = ema(b1, mu, g)
     return mu_next / (sqrt(ema(b2, abs_sq(mu), abs_sq(g))) + eps), mu_next

@@ -39,10 +39,11 @@ def ademamix_warmup(
     """
     if steps is None:
         return b3, alpha
-    errors.above_zero("b1", b1)
-    errors.at_least(1, "warmup_steps", steps)
-    errors.not_a_schedule("b3", b3)
-    errors.not_a_schedule("alpha", alpha)
+    with errors.error_context("ademamix_warmup"):
+        errors.above_zero("b1", b1)
+        errors.at_least(1, "steps", steps)
+        errors.not_a_schedule("b3", b3)
+        errors.not_a_schedule("alpha", alpha)
     dtype = jnp.result_type(float)
     rates: tuple[PyTree, PyTree] = (b1, b3)
     start, end = (jnp.asarray(decay_rate(b).log, dtype) for b in rates)

@@ -57,7 +57,7 @@ class Link:
     rule: Rule
     hyperparams: Mapping[str, ScalarOrSchedule]
     moments: Mapping[str, Moment]
-    """The rule's moments; with these hyperparameters, some lower bounds may not limit the step."""
+    """The rule's moments, with `bounds_step` False if these hyperparameters make the bound 0."""
     constants: Mapping[str, Value]
     """The hyperparameters that are Python numbers, converted once."""
     starts: Mapping[str, PyTree]
@@ -497,7 +497,11 @@ def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTre
 
 def _flags(mask: Mask, updates: PyTree) -> list[bool]:
     """Return one bool per leaf from an Optax mask, which is a prefix tree or a function."""
-    tree = mask(updates) if is_mask_function(mask) else mask
+    tree = mask
+    if is_mask_function(mask):
+        if not errors.takes(mask, 1):
+            raise errors.mask(mask, updates, no_tree=True)
+        tree = mask(updates)
     flags: list[bool] = []
 
     def spread(flag: PyTree, subtree: PyTree) -> None:

@@ -196,7 +196,7 @@ def rule(
     Args:
       update_scalars: a function that computes the next step's scalars, once per step, and returns
         them in a dict. Its positional arguments are named after scalars and totals. Its
-        keyword-only arguments are `t` and hyperparameters. Under a mask, totals include the leaves
+        keyword-only arguments are `t` and hyperparameters. Under a mask, totals include only leaves
         that the rule acts on. In your own `shard_map`, totals are sums over the local shards.
       **declared: moments and scalars, keyed by the name of the state's field. A moment is
         `signed`, `positive`, `running_max`, or `initial_param`. `.starting_at(…)` sets a start

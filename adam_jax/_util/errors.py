@@ -105,7 +105,7 @@ def hyperparam(name: str, value: Any) -> None:
 
 def schedule(name: str, value: Any) -> None:
     """Check that a schedule takes one argument, the step count."""
-    if not _takes(value, 1):
+    if not takes(value, 1):
         raise type_error(
             f"{name} must be a number, a scalar array, or a function of the step count, got "
             f"{_shown(value)}, which cannot be called with one argument; "
@@ -129,7 +129,7 @@ def scheduled(name: str, value: Any) -> None:
 
 def storage_function(function: Any) -> None:
     """Check that a function given as `storage` takes two arguments, a path and a leaf."""
-    if not _takes(function, 2):
+    if not takes(function, 2):
         raise type_error(
             f"storage must be a format or a function of two arguments, (path, leaf), got "
             f"{_shown(function)}, which cannot be called with two; write lambda path, leaf: ..."
@@ -152,7 +152,7 @@ def no_schedule(caller: str, function: Any) -> PyTree:
     return checked
 
 
-def _takes(function: Any, number: int) -> bool:
+def takes(function: Any, number: int) -> bool:
     """Whether a function takes this many positional arguments; True if unknown."""
     try:
         signature = inspect.signature(function)
@@ -243,6 +243,7 @@ def arguments(
 ) -> inspect.BoundArguments:
     """Bind the arguments of a call to their names."""
     try:
+        signature.bind_partial(*args, **kwargs)  # names an unknown argument before a missing one
         return signature.bind(*args, **kwargs)
     except TypeError as error:
         raise type_error(f"{error}; its arguments are {', '.join(signature.parameters)}") from None
@@ -356,9 +357,10 @@ def parameter(
         needed_by = "apply" if applied else rules[0].name
         if rules and "weight_decay" in rules[0].hyperparams:
             needed_by = "weight_decay"
+        call = "apply(tx, grads, state, params)" if applied else "update(gradients, state, params)"
         raise value_error(
             f"{needed_by} needs the parameters, got none for {_at('the gradient of', path)}; "
-            f"call update(gradients, state, params)"
+            f"call {call}"
         )
     _equal_shapes(path, gradient, "parameter", p)
 
@@ -436,7 +438,7 @@ def _paths(tree: PyTree) -> set[str]:
 
 
 def states(state: PyTree, expected: Sequence[type], masked: Sequence[bool], bare: bool) -> None:
-    """Check that a state has the types and fields that this optimizer's init returns."""
+    """Check that a state has the fields of the state that this optimizer's init returns."""
     got = [state] if bare else state
     if isinstance(got, (tuple, list)) and len(got) == len(expected):
         inner = [
@@ -451,7 +453,8 @@ def states(state: PyTree, expected: Sequence[type], masked: Sequence[bool], bare
     )
     raise value_error(
         f"the state must be {made if bare else f'({made})'}, as init returns it, got "
-        f"{_outline(state)}; pass the state of this optimizer, or call init again"
+        f"{_outline(state)}; restore a checkpoint into tx.init(params), and convert a state of "
+        f"other settings with convert_state(state, tx, params)"
     )
 
 
@@ -468,8 +471,8 @@ def mask(given: PyTree, gradients: PyTree, *, no_tree: bool = False) -> Exceptio
     error = type_error if no_tree else value_error
     return error(
         f"the mask must be a tree of bools with the gradients' structure "
-        f"{jax.tree.structure(gradients)}, a prefix of it, or a function that returns one, got "
-        f"{given!r}; use e.g. adam_jax.not_matching('bias')"
+        f"{jax.tree.structure(gradients)}, a prefix of it, or a function of the tree that returns "
+        f"one, got {given!r}; use e.g. adam_jax.not_matching('bias')"
     )
 
 
@@ -543,8 +546,9 @@ def no_derivative(because: str) -> TypeError:
 def not_convertible(moments: Iterable[Sequence[str]], why: str) -> None:
     named = "; ".join(", ".join(names) for names in moments)
     raise value_error(
-        f"cannot convert the moments {named}, {why}; both states must belong to "
-        f"one variant and to the same parameters; otherwise, use tx.init(params)"
+        f"cannot convert the moments {named}, {why}; both states must belong to one variant and to "
+        f"the same parameters; restore a checkpoint into the init of the optimizer that wrote it, "
+        f"or use tx.init(params)"
     )
 
 

@@ -154,9 +154,9 @@ def _mask(caller: str, patterns: tuple[str, ...], *, wanted: bool) -> Callable[[
     def mask(tree: PyTree) -> PyTree:
         if hasattr(tree, "dtype") and jnp.issubdtype(tree.dtype, jnp.integer):
             raise TypeError(
-                f"{caller}: the mask must be given parameters, got a number; list its "
-                f"argument in static_args of optax.inject_hyperparams, which otherwise calls the "
-                f"mask as a schedule"
+                f"{caller}: the mask must be given parameters, got a number; name the argument "
+                f"with the mask in static_args of optax.inject_hyperparams, which otherwise calls "
+                f"it as a schedule"
             )
         flags = map_with_path(lambda path, _: found(path_string(path)) is wanted, tree)
         if patterns and not warned and wanted not in jax.tree.leaves(flags):

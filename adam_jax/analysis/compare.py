@@ -131,9 +131,9 @@ class Comparison:
         return "; ".join(remarks)
 
     def _legend(self) -> str:
-        seeds = f"s.d. over {len(self.seeds)} seeds" if len(self.seeds) > 1 else "no s.d.: 1 seed"
+        seeds = f"± s.d. over {len(self.seeds)} seeds" if len(self.seeds) > 1 else "1 seed"
         return (
-            f"final loss: mean of the last {self._last_steps} of {self._steps} steps, ± {seeds}; "
+            f"final loss: mean of the last {self._last_steps} of {self._steps} steps, {seeds}; "
             f"η from {min(self.learning_rates):g} to {max(self.learning_rates):g}"
         )
 

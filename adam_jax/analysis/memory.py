@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,6 +44,7 @@ class MemoryReport:
       parameters: the number of trained parameters.
       uncoded: (leaves neither quantized nor reduced, all leaves) of a moment with a quantized or
         reduced format; None if no moment has one.
+      uncoded_in: the dtypes of leaves that are neither quantized nor reduced, e.g. "float32".
       whole: the paths and bytes of replicated leaves of the state, the largest first; empty if
         nothing is sharded.
     """
@@ -51,6 +52,7 @@ class MemoryReport:
     rows: Sequence[Row]
     parameters: int
     uncoded: tuple[int, int] | None
+    uncoded_in: str
     whole: Sequence[tuple[str, int]]
 
     @property
@@ -84,7 +86,7 @@ class MemoryReport:
             f"parameters, gradients, and AdamW",
         ]
         if self.uncoded:
-            lines.append("{} of {} leaves kept float32".format(*self.uncoded))
+            lines.append("{} of {} leaves kept {}".format(*self.uncoded, self.uncoded_in))
         if self.whole:
             size, most = sum(n for _, n in self.whole), ", ".join(p for p, _ in self.whole[:3])
             lines.append(
@@ -130,15 +132,11 @@ def memory_report(
         shardings = state_sharding(tx, params)
         state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
     moments = list(stored_moments(state))
-    coded = [
-        (sum(not _moments.is_lossy(x) for x in leaves), len(leaves))
-        for leaves in (
-            _moments.leaves(m, shapes).values() for _, m in moments if _moments.is_in_trees(m)
-        )
-    ]
-    below = [s.rest for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
+    coded = [_moments.leaves(m, shapes).values() for _, m in moments if _moments.is_in_trees(m)]
+    uncoded = [[x for x in leaves if not _moments.is_lossy(x)] for leaves in coded]
+    residuals = [s.rest for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
     of_state = [_row(*moment, shapes) for moment in moments] + [
-        _row("bits below", x) for x in below
+        _row("residuals", x) for x in residuals
     ]
     whole, local = _bytes(state)
     rest = whole - sum(r.bytes for r in of_state), local - sum(r.per_device for r in of_state)
@@ -152,7 +150,8 @@ def memory_report(
     return MemoryReport(
         rows=rows,
         parameters=sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params)),
-        uncoded=max(coded, default=None),
+        uncoded=max(zip(map(len, uncoded), map(len, coded), strict=True), default=None),
+        uncoded_in=_formats(x for leaves in uncoded for x in leaves),
         whole=_replicated(state) if local < whole else [],
     )
 
@@ -166,8 +165,7 @@ def _replicated(state: PyTree) -> list[tuple[str, int]]:
 
 def _row(part: str, tree: PyTree, params: PyTree = None) -> Row:
     """Return a row with the formats of a tree (without scales) and its bytes."""
-    formats = {_format(x) for x in _moments.leaves(tree, params).values()}
-    return Row(part, ", ".join(sorted(formats, key=len)), *_bytes(tree))
+    return Row(part, _formats(_moments.leaves(tree, params).values()), *_bytes(tree))
 
 
 def _of_one_layer(row: Row, layers: PyTree) -> Row:
@@ -175,6 +173,11 @@ def _of_one_layer(row: Row, layers: PyTree) -> Row:
     count = jnp.shape(jax.tree.leaves(layers)[0])[0]
     whole, local = (size - size // count for size in _bytes(layers))
     return row._replace(bytes=row.bytes - whole, per_device=row.per_device - local)
+
+
+def _formats(leaves: Iterable[_moments.Stored]) -> str:
+    """Return the formats of leaves, the shortest name first."""
+    return ", ".join(sorted(set(map(_format, leaves)), key=len))
 
 
 def _format(stored: _moments.Stored) -> str:

@@ -33,8 +33,9 @@ def convert_state(
     """Convert a running state to the storage formats and structure of `tx`, to continue the run.
 
     The state may have other formats, or come from another chain, `optax.inject_hyperparams`,
-    Optax's Adafactor, or its optimizer of the same variant. Moments are matched by name, decoded,
-    and encoded as in `tx`, rounded to nearest, or down for running maxima. Step counts are kept.
+    Optax's Adafactor, or Optax's optimizer of the same variant. Moments are matched by name,
+    decoded, and encoded as in `tx`, rounded to nearest, or down for running maxima. Step counts
+    are kept.
     Other parts of the state of `tx` (Schedule-Free's z, a chain's other states) are copied if
     `state` has them, and are new otherwise.
 
@@ -82,7 +83,7 @@ def _kind(state: PyTree) -> Kind:
 def _from_adafactor(state: PyTree, wanted: Collection[Kind], params: optax.Params) -> PyTree:
     """Convert the state of Optax's Adafactor to Adam's or RMSprop's, if `wanted` has one.
 
-    Rows and columns are copied. mu starts at 0, because Adafactor has none.
+    nu is the outer product of rows and columns. mu starts at 0, because Adafactor has none.
     """
     forms = [frozenset({"mu", "nu"}), frozenset({"nu"})]
     form = next((form for form in forms if form in wanted), None)

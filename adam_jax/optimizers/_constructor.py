@@ -32,7 +32,7 @@ class Options(TypedDict, total=False):
 
 
 class FormOptions(Options, total=False):
-    """Keywords of every optimizer that `descend` builds."""
+    """Keywords of every optimizer whose weight decay `descend` adds."""
 
     weight_decay_form: Form
     cautious: bool

@@ -8,6 +8,7 @@ import optax
 
 from adam_jax import rules
 from adam_jax._engine.chain import Chain, Link, link
+from adam_jax._util import errors
 from adam_jax._util.typing import (
     DecayRate,
     DecayRateOrSchedule,
@@ -84,6 +85,7 @@ def ademamix(
 
     >>> tx = ademamix(1e-3, b3=0.9999, alpha=8.0, warmup_steps=100_000, weight_decay=0.1)
     """
+    errors.at_least(1, "warmup_steps", warmup_steps)
     along = link_of(scale_by_ademamix)(
         b1,
         b2,

@@ -166,7 +166,7 @@ def is_in_trees(moment: PyTree) -> TypeGuard[Quantized | Factored | Mean]:
 def leaves(moment: PyTree, params: PyTree = None) -> dict[Key, Stored]:
     """Return the stored leaves of a moment by their keys, without boxes.
 
-    With the parameters, leaves of a mean that have an axis of size 1 can be distinguished.
+    With the parameters, dense leaves with an axis of size 1 can be distinguished from means.
     """
     if not is_in_trees(moment):
         return by_key(moment)

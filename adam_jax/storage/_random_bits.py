@@ -15,7 +15,7 @@ GOLDEN = np.uint32(0x9E3779B9)
 
 
 class Position(NamedTuple):
-    """The position of elements in the leaf: [row, column + lane]; rows ravel all other axes."""
+    """The position of elements in the leaf: [row, column + lane]; `row` ravels the other axes."""
 
     row: jax.Array
     column: jax.Array

@@ -155,7 +155,7 @@ def get_master_weights(params: optax.Params, state: PyTree) -> optax.Params:
     """
     found = [s for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
     if len(found) != 1:
-        errors.not_one("get_master_weights", "state of master_weights", len(found))
+        errors.not_one("get_master_weights", "MasterWeightsState", len(found))
     leaves, treedef = jax.tree.flatten(params)
     residuals = jax.tree.leaves(found[0].rest)
     with errors.error_context("get_master_weights"):

@@ -1,4 +1,4 @@
-"""Clipping by the norm of the step before, for gradient release."""
+"""Clipping by the gradient norm of the previous step, for gradient release."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class PreviousNormState(NamedTuple):
 
 @errors.error_context("clip_to_previous_norm")
 def clip_to_previous_norm(max_norm: Numeric) -> Transformation:
-    """Scale gradients by min(1, max_norm / norm), where `norm` is the norm of the step before.
+    """Scale gradients by min(1, max_norm / norm), with the gradient norm of the previous step.
 
-    Clipping by the norm of this step needs the whole gradient, which `gradient_release` never has.
-    The norm of the step before is nearly the same in most steps, but it doesn't limit the first
-    large gradient. For that, use `stable_adamw`. The first step uses its own norm, for which
+    Clipping by this step's norm needs the whole gradient, which `gradient_release` never has.
+    The previous norm is nearly the same in most steps, but it doesn't limit the first large
+    gradient. For that, use `stable_adamw`. The first step uses its own norm, for which
     `gradient_release` runs the backward pass twice. Non-finite norms aren't stored.
 
     Args:

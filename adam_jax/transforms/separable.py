@@ -20,7 +20,7 @@ from adam_jax.transforms.layered import LAYERS, OUTER, SHARED, Layout
 
 CHOICES = (
     "clip each layer by itself, e.g. with optax.adaptive_grad_clip; use adam_jax.stable_adamw, "
-    "which needs no clipping; clip by the norm of the step before, with "
+    "which needs no clipping; clip by the gradient norm of the previous step, with "
     "adam_jax.clip_to_previous_norm; or pass two_pass=True, which runs the backward pass twice"
 )
 

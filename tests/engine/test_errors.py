@@ -463,7 +463,7 @@ LEAVES = [
 
 
 @pytest.mark.parametrize("leaf, kind", [x[1:] for x in LEAVES], ids=[x[0] for x in LEAVES])
-def test_a_leaf_that_has_no_gradient_is_an_error(leaf, kind):
+def test_a_leaf_that_cannot_be_differentiated_is_an_error(leaf, kind):
     floats, other = with_leaf(B), with_leaf(leaf)
     parts = "adamw", "parameter", "'n/x'", kind, *KEEP_OUT
     expect(lambda: ADAMW.init(other), TypeError, parts)
@@ -871,6 +871,23 @@ CALLS = [
         ValueError,
         "adamw",
         "mask",
+    ),
+    (
+        "function of a path as a mask",
+        lambda: step(aj.adamw(1e-3, mask=lambda path, leaf: True)),
+        TypeError,
+        "adamw",
+        "mask",
+        "function of the tree",
+        "not_matching('bias')",
+    ),
+    (
+        "unknown argument",
+        lambda: aj.adamw(lr=1e-3),
+        TypeError,
+        "adamw",
+        "'lr'",
+        "learning_rate",
     ),
     (
         "name for a mask",

@@ -96,7 +96,7 @@ def test_a_factored_step_is_its_float64_reference():
 
 
 @pytest.mark.parametrize("axis, shape", [(-1, (48, 1)), (-2, (1, 160)), ((-2, -1), (1, 1))])
-def test_a_mean_is_the_average_of_means(axis, shape):
+def test_mean_storage_averages_the_means_of_squared_gradients(axis, shape):
     tx = adam_jax.scale_by_adam(storage={"nu": storage.mean(axis)})
     rows, columns = shape[0] > 1, shape[1] > 1
     _, state = trajectory(tx, jnp.zeros(SHAPE), 20, lambda t, _: signs(t, rows, columns))
@@ -157,7 +157,7 @@ def test_compact_takes_no_large_step_on_sparse_or_structured_gradients(name):
     assert np.all(compact[exact <= EXACT_STEP] <= 8), (exact, compact)
 
 
-def test_a_gradient_that_overflows_or_is_not_finite():
+def test_compact_state_survives_overflow_and_keeps_nan():
     tx = adam_jax.scale_by_adam(storage="compact")
     params = jnp.zeros((64, 128))
     large = jnp.full((64, 128), 1e30)
@@ -207,7 +207,7 @@ def test_a_name_takes_precedence_over_a_kind():
     assert state.nu.dtype == jnp.bfloat16 and state.mu.codes.dtype == jnp.int8
 
 
-def test_factored_leaves_other_moments_as_they_are():
+def test_factored_storage_keeps_the_format_of_other_moments():
     state = adam_jax.amsgrad(1e-3, storage="factored").init(jnp.zeros((64, 128)))[0]
     assert isinstance(state.nu, storage.Factored)
     assert state.mu.dtype == state.nu_max.dtype == jnp.float32
@@ -245,7 +245,7 @@ def test_a_mean_needs_different_axes(axis, error):
         storage.mean(axis)
 
 
-def test_compact_factors_only_if_the_floor_limits_the_step():
+def test_compact_factors_only_if_a_lower_bound_limits_the_step():
     """For b1² ≥ b2, mu gives no lower bound, and factored steps reach 1,000 learning rates."""
     for b2, kind in ((0.95, storage.Factored), (0.8, storage.Quantized)):
         tx = adam_jax.scale_by_adam(b1=0.9, b2=b2, storage="compact")
@@ -263,7 +263,8 @@ def test_a_leaf_that_a_mean_does_not_fit_stays_as_it_is():
     state = tx.init(params)
     converted = adam_jax.convert_state(state, tx, params)
     assert converted[0].nu.values["b"].dtype == state[0].nu.values["b"].dtype == jnp.bfloat16
-    assert adam_jax.memory_report(tx, params).uncoded == (1, 2)
+    report = adam_jax.memory_report(tx, params)
+    assert report.uncoded == (1, 2) and "1 of 2 leaves kept bfloat16" in str(report)
 
 
 def test_a_function_may_not_mix_a_mean_with_other_formats():
@@ -293,7 +294,7 @@ def test_compact_takes_about_one_byte_of_state_per_parameter(heads, most):
     assert report.total_bytes / report.parameters <= 5.0 + most  # parameters, gradients, residuals
 
 
-def test_buffers_take_what_the_report_says():
+def test_the_memory_report_equals_the_bytes_of_the_buffers():
     params = {"w": jnp.zeros((256, 512), jnp.bfloat16), "b": jnp.zeros(64, jnp.bfloat16)}
     tx = adam_jax.master_weights(adam_jax.adamw(1e-3, storage="compact"), bits=24)
     state = tx.init(params)
@@ -306,7 +307,7 @@ def test_buffers_take_what_the_report_says():
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2048, 2048), (4, 2**20)])
 def test_a_step_in_place_needs_little_memory(shape):
-    """A tile of a leaf, however large the leaf; (4, 2²⁰) is reduced by rows wider than a tile."""
+    """Temporary buffers are of a tile's size, not the leaf's; rows of (4, 2²⁰) exceed a tile."""
     tx = adam_jax.adamw(1e-3, storage="compact" if shape[0] > 4 else {"signed": "int8", **MEAN})
     p = jax.ShapeDtypeStruct(shape, jnp.float32)
     step = jax.jit(functools.partial(adam_jax.apply, tx), donate_argnums=(1, 2))
@@ -428,7 +429,7 @@ def test_a_run_of_adafactor_continues():
     np.testing.assert_allclose(nu.rows["b"], state.v["b"], rtol=1e-6)
 
 
-def test_a_fresh_adafactor_converts_and_adafactor_stays_adafactor():
+def test_a_new_adafactor_state_converts_to_adamw_and_to_adafactor():
     params = {"w": jnp.zeros((64, 128))}
     adafactor = optax.adafactor(1e-3, min_dim_size_to_factor=32)
     fresh = adafactor.init(params)

@@ -179,7 +179,7 @@ def test_small_steps_add_up_in_24_bits(size):
 
 @every_wrapper
 def test_updates_that_plain_bfloat16_drops_add_up(wrap):
-    """Add 1e-4, a fortieth of an ulp of bfloat16 below 1.0."""
+    """Add 1e-4 to 1.0, a fortieth of half an ulp of bfloat16."""
     plain, _ = pushed(optax.identity(), (4000,), 1e-4, 500)
     np.testing.assert_array_equal(float32(plain), 1.0)
     moved, state = pushed(wrap(optax.identity()), (4000,), 1e-4, 500)
@@ -305,7 +305,7 @@ def test_training_takes_seven_bytes_per_parameter():
     tx = adam_jax.master_weights(adam_jax.adamw(1e-3, storage="int8"), bits=24)
     report = adam_jax.memory_report(tx, params)
     assert report.total_bytes <= 7.2 * count
-    assert {row.part: row.bytes for row in report.rows}["bits below"] == count
+    assert {row.part: row.bytes for row in report.rows}["residuals"] == count
     state = jax.eval_shape(tx.init, params)
     assert nbytes(state) + 2 * nbytes(params) == report.total_bytes
     small = {"w": jnp.ones((64, 128), BFLOAT16), "f": jnp.ones((2, 2))}
