@@ -99,7 +99,7 @@ def hyperparam(name: str, value: Any) -> None:
     elif value.ndim != 0:
         raise value_error(
             f"{name} must be a scalar, got an array of shape {value.shape}; "
-            f"for a value per leaf use optax.partition, for a population jax.vmap"
+            f"for a value per leaf use adam_jax.groups, for a population jax.vmap"
         )
 
 

@@ -174,7 +174,7 @@ def check(storage: Storage, moments: Mapping[str, Moment]) -> None:
             if name not in moments and name not in KINDS:
                 raise errors.value_error(
                     f"storage must name existing moments, got {name!r}; choose from "
-                    f"{', '.join((*moments, *KINDS))}"
+                    f"{', '.join((*moments, *KINDS))}, or pass a function of (path, leaf)"
                 )
             if format is not None and not is_name(format, COMPACT):
                 check_format(format)

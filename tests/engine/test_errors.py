@@ -108,7 +108,7 @@ HYPERPARAMS = [
         "learning_rate",
         "scalar",
         "(3,)",
-        "optax.partition",
+        "adam_jax.groups",
         "jax.vmap",
     ),
     row(
