@@ -91,7 +91,10 @@ ELEMENTS_PER_THREAD = 16  # see adam_jax/_backends/triton.py
 
 @functools.cache
 def tpu_dump() -> str:
-    """Return a folder for libtpu's bundles; libtpu reads the flags when it is loaded."""
+    """Set the flags that make libtpu write its bundles, and return their folder.
+
+    Call it before libtpu is loaded.
+    """
     folder = tempfile.mkdtemp(prefix="adam_jax_llo")
     os.environ["LIBTPU_INIT_ARGS"] = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "

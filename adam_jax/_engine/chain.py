@@ -497,11 +497,7 @@ def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTre
 
 def _flags(mask: Mask, updates: PyTree) -> list[bool]:
     """Return one bool per leaf from an Optax mask, which is a prefix tree or a function."""
-    tree = mask
-    if is_mask_function(mask):
-        if not errors.takes(mask, 1):
-            raise errors.mask(mask, updates, no_tree=True)
-        tree = mask(updates)
+    tree = mask_tree(mask, updates)
     flags: list[bool] = []
 
     def spread(flag: PyTree, subtree: PyTree) -> None:
@@ -516,7 +512,15 @@ def _flags(mask: Mask, updates: PyTree) -> list[bool]:
     return flags
 
 
-def is_mask_function(mask: Mask) -> TypeGuard[Callable[[optax.Updates], PyTree]]:
+def mask_tree(mask: Mask, tree: PyTree) -> PyTree:
+    """Return the mask of a tree, by calling it if it is a function."""
+    if not _is_mask_function(mask):
+        return mask
+    errors.mask_function(mask)
+    return mask(tree)
+
+
+def _is_mask_function(mask: Mask) -> TypeGuard[Callable[[optax.Updates], PyTree]]:
     """Whether a mask is a function rather than a callable tree, such as an Equinox module."""
     return callable(mask) and all(map(callable, jax.tree.leaves(mask)))
 

@@ -105,7 +105,7 @@ def hyperparam(name: str, value: Any) -> None:
 
 def schedule(name: str, value: Any) -> None:
     """Check that a schedule takes one argument, the step count."""
-    if not takes(value, 1):
+    if not _takes(value, 1):
         raise type_error(
             f"{name} must be a number, a scalar array, or a function of the step count, got "
             f"{_shown(value)}, which cannot be called with one argument; "
@@ -129,10 +129,20 @@ def scheduled(name: str, value: Any) -> None:
 
 def storage_function(function: Any) -> None:
     """Check that a function given as `storage` takes two arguments, a path and a leaf."""
-    if not takes(function, 2):
+    if not _takes(function, 2):
         raise type_error(
             f"storage must be a format or a function of two arguments, (path, leaf), got "
             f"{_shown(function)}, which cannot be called with two; write lambda path, leaf: ..."
+        )
+
+
+def mask_function(function: Any) -> None:
+    """Check that a function given as a mask takes one argument, a tree."""
+    if not _takes(function, 1):
+        raise type_error(
+            f"the mask must be a tree of bools or a function of one argument, the tree, got "
+            f"{_shown(function)}, which cannot be called with one; use e.g. "
+            f"adam_jax.not_matching('bias')"
         )
 
 
@@ -152,10 +162,10 @@ def no_schedule(caller: str, function: Any) -> PyTree:
     return checked
 
 
-def takes(function: Any, number: int) -> bool:
+def _takes(function: Any, number: int) -> bool:
     """Whether a function takes this many positional arguments; True if unknown."""
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):  # some built-in functions have no signature
         return True
     try:
@@ -453,8 +463,9 @@ def states(state: PyTree, expected: Sequence[type], masked: Sequence[bool], bare
     )
     raise value_error(
         f"the state must be {made if bare else f'({made})'}, as init returns it, got "
-        f"{_outline(state)}; restore a checkpoint into tx.init(params), and convert a state of "
-        f"other settings with convert_state(state, tx, params)"
+        f"{_outline(state)}; pass the state of this optimizer; restore a checkpoint into the init "
+        f"of the optimizer that wrote it, and convert a state of other settings with "
+        f"convert_state(state, tx, params)"
     )
 
 
@@ -471,8 +482,8 @@ def mask(given: PyTree, gradients: PyTree, *, no_tree: bool = False) -> Exceptio
     error = type_error if no_tree else value_error
     return error(
         f"the mask must be a tree of bools with the gradients' structure "
-        f"{jax.tree.structure(gradients)}, a prefix of it, or a function of the tree that returns "
-        f"one, got {given!r}; use e.g. adam_jax.not_matching('bias')"
+        f"{jax.tree.structure(gradients)}, a prefix of it, or a function that returns one, got "
+        f"{given!r}; use e.g. adam_jax.not_matching('bias')"
     )
 
 

@@ -44,16 +44,16 @@ class MemoryReport:
       parameters: the number of trained parameters.
       uncoded: (leaves neither quantized nor reduced, all leaves) of a moment with a quantized or
         reduced format; None if no moment has one.
-      uncoded_in: the dtypes of leaves that are neither quantized nor reduced, e.g. "float32".
       whole: the paths and bytes of replicated leaves of the state, the largest first; empty if
         nothing is sharded.
+      uncoded_in: the dtypes of the leaves neither quantized nor reduced, e.g. "float32".
     """
 
     rows: Sequence[Row]
     parameters: int
     uncoded: tuple[int, int] | None
-    uncoded_in: str
     whole: Sequence[tuple[str, int]]
+    uncoded_in: str = "float32"
 
     @property
     def state_bytes(self) -> int:
@@ -133,7 +133,8 @@ def memory_report(
         state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
     moments = list(stored_moments(state))
     coded = [_moments.leaves(m, shapes).values() for _, m in moments if _moments.is_in_trees(m)]
-    uncoded = [[x for x in leaves if not _moments.is_lossy(x)] for leaves in coded]
+    exact = ([x for x in leaves if not _moments.is_lossy(x)] for leaves in coded)
+    uncoded, stored = max(zip(exact, coded, strict=True), key=lambda m: len(m[0]), default=([], []))
     residuals = [s.rest for _, s in named_tuples(state) if isinstance(s, MasterWeightsState)]
     of_state = [_row(*moment, shapes) for moment in moments] + [
         _row("residuals", x) for x in residuals
@@ -150,9 +151,9 @@ def memory_report(
     return MemoryReport(
         rows=rows,
         parameters=sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params)),
-        uncoded=max(zip(map(len, uncoded), map(len, coded), strict=True), default=None),
-        uncoded_in=_formats(x for leaves in uncoded for x in leaves),
+        uncoded=(len(uncoded), len(stored)) if stored else None,
         whole=_replicated(state) if local < whole else [],
+        uncoded_in=_formats(uncoded) or "float32",
     )
 
 

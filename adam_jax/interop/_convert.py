@@ -34,10 +34,9 @@ def convert_state(
 
     The state may have other formats, or come from another chain, `optax.inject_hyperparams`,
     Optax's Adafactor, or Optax's optimizer of the same variant. Moments are matched by name,
-    decoded, and encoded as in `tx`, rounded to nearest, or down for running maxima. Step counts
-    are kept.
-    Other parts of the state of `tx` (Schedule-Free's z, a chain's other states) are copied if
-    `state` has them, and are new otherwise.
+    decoded, and encoded as in `tx`: rounded to nearest, and down for running maxima. The new state
+    has the old step counts. Other parts of the state of `tx` (Schedule-Free's z, a chain's other
+    states) are copied if `state` has them, and are new otherwise.
 
     Args:
       state: the state of a running optimizer, Optax's or ours, or `nnx.Optimizer.opt_state`.
@@ -83,7 +82,8 @@ def _kind(state: PyTree) -> Kind:
 def _from_adafactor(state: PyTree, wanted: Collection[Kind], params: optax.Params) -> PyTree:
     """Convert the state of Optax's Adafactor to Adam's or RMSprop's, if `wanted` has one.
 
-    nu is the outer product of rows and columns. mu starts at 0, because Adafactor has none.
+    nu is the outer product of rows and columns, divided by their mean; leaves that aren't factored
+    are copied. mu starts at 0, because Adafactor has none.
     """
     forms = [frozenset({"mu", "nu"}), frozenset({"nu"})]
     form = next((form for form in forms if form in wanted), None)

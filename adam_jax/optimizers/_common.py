@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from adam_jax import rules
-from adam_jax._engine.chain import Chain, Link, is_mask_function, link
+from adam_jax._engine.chain import Chain, Link, link, mask_tree
 from adam_jax._engine.hyperparams import Computed, is_schedule
 from adam_jax._engine.state import WeightDecaySchedule
 from adam_jax._util import errors
@@ -103,8 +103,7 @@ def step_on_sphere(
     chosen: PyTree = matrices if mask is None else mask
 
     def others(tree: PyTree) -> PyTree:
-        flags = chosen(tree) if is_mask_function(chosen) else chosen
-        return jax.tree.map(operator.not_, flags, is_leaf=lambda x: x is None)
+        return jax.tree.map(operator.not_, mask_tree(chosen, tree), is_leaf=lambda x: x is None)
 
     plain = dataclasses.replace(_descend(learning_rate), mask=others)
     given = {"learning_rate": learning_rate}

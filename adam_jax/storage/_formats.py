@@ -82,7 +82,7 @@ def _problem(name: str, code: Code, exact: tuple[int, ...]) -> str:
     decoded = code.decode(codes)
     if codes.dtype != dtype or not np.array_equal(decoded, y):
         return (
-            f"the code of {name!r} must return {exact} exactly, from {dtype}, got "
+            f"the code of {name!r} must encode {exact} in {dtype} and decode them exactly, got "
             f"{np.asarray(decoded)} from {codes.dtype}; correct its encode or decode"
         )
     return ""

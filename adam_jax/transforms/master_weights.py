@@ -57,8 +57,9 @@ def master_weights(tx: optax.GradientTransformation, bits: int = 32) -> Transfor
     Leaves of other dtypes pass through, including float16: a residual can't extend its range.
 
     Put it around everything that computes updates, such as `optax.chain(optax.clip(1.0), ...)`.
-    Only `zero1`, `optax.MultiSteps`, `optax.apply_if_finite`, and a Flax optimizer go around it.
-    `optax.apply_if_finite` needs gradients cast to the updates' dtype, float32.
+    Only wrappers that pass updates through unchanged may go around it, such as `zero1`, `groups`,
+    `optax.MultiSteps`, `optax.apply_if_finite`, and a Flax optimizer. `optax.apply_if_finite` needs
+    gradients cast to the updates' dtype, float32.
 
     `optax.apply_updates` is exact if the new parameter is 0 or at least 2⁻¹⁵ of the old one's size.
     Otherwise, its float32 addition may give a neighboring value, and the residual is relative to

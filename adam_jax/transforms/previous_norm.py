@@ -26,7 +26,7 @@ class PreviousNormState(NamedTuple):
 
 @errors.error_context("clip_to_previous_norm")
 def clip_to_previous_norm(max_norm: Numeric) -> Transformation:
-    """Scale gradients by min(1, max_norm / norm), with the gradient norm of the previous step.
+    """Scale gradients by min(1, max_norm / norm), where norm is the previous step's gradient norm.
 
     Clipping by this step's norm needs the whole gradient, which `gradient_release` never has.
     The previous norm is nearly the same in most steps, but it doesn't limit the first large

@@ -872,14 +872,17 @@ CALLS = [
         "adamw",
         "mask",
     ),
-    (
-        "function of a path as a mask",
-        lambda: step(aj.adamw(1e-3, mask=lambda path, leaf: True)),
-        TypeError,
-        "adamw",
-        "mask",
-        "function of the tree",
-        "not_matching('bias')",
+    *(
+        (
+            f"function of a path as {make.__name__}'s mask",
+            lambda make=make: step(make(1e-3, mask=lambda path, leaf: True)),
+            TypeError,
+            make.__name__,
+            "mask",
+            "one argument",
+            "not_matching('bias')",
+        )
+        for make in (aj.adamw, aj.adamh)
     ),
     (
         "unknown argument",
@@ -925,6 +928,17 @@ def counting():
 @pytest.mark.parametrize("act, error, parts", [row(*call) for call in CALLS])
 def test_a_wrong_call_declaration_or_mask_is_an_error(act, error, parts):
     expect(act, error, parts)
+
+
+def test_a_mask_may_wrap_a_function_of_more_arguments():
+    def longer_than(tree, length):
+        return jax.tree.map(lambda x: x.size > length, tree)
+
+    @functools.wraps(longer_than)
+    def mask(tree):
+        return longer_than(tree, 1)
+
+    step(aj.adamw(1e-3, mask=mask))
 
 
 def test_rmsprop_stores_its_trace_as_requested():

@@ -61,6 +61,8 @@ def test_reports_count_the_leaves_that_stay_float32():
     assert "98 of 148 leaves kept float32" in str(adam_jax.memory_report(tx, gpt2_small()))
     state = tx.init({"w": jnp.ones((64, 64)), "b": jnp.ones(3)})
     assert "1 of 2 leaves kept float32" in repr(state[0].mu)
+    alone = adam_jax.memory_report(tx, {"w": jnp.ones((64, 64))})
+    assert "0 of 1 leaves kept float32" in str(alone)
     assert repr(tx).endswith("storage=int8[128])")
 
 

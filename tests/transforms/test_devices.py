@@ -1,4 +1,4 @@
-"""On eight virtual CPU devices, every sharding gives one device's run, and gathers nothing."""
+"""On eight virtual CPU devices, every sharding gives one device's result and gathers nothing."""
 
 from __future__ import annotations
 

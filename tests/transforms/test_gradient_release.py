@@ -277,7 +277,7 @@ def test_two_passes_skip_a_step_whose_gradient_is_not_finite():
     assert adam_jax.step_count(state) == 2
 
 
-def test_clip_to_previous_norm_clips_by_the_norm_of_the_last_step():
+def test_clip_to_previous_norm_clips_by_the_norm_of_the_previous_step():
     """Check that the first step uses its own norm, and that NaN isn't stored."""
     tx = adam_jax.chain(adam_jax.clip_to_previous_norm(0.1), optax.sgd(0.1))
     params, xs = mlp(), inputs(3)
@@ -423,7 +423,7 @@ def test_what_needs_the_whole_gradient_raises(tx, parts):
     ],
     ids=["structure", "empty", "sizes", "integers"],
 )
-def test_parameters_of_the_wrong_structure_raise(change, parts):
+def test_parameters_that_do_not_fit_gradient_release_raise(change, parts):
     with pytest.raises(ValueError, match=says("gradient_release", *parts)):
         small(adam_jax.adam(1e-3)).init(change(mlp()))
 
@@ -513,7 +513,7 @@ def test_the_memory_report_counts_the_gradient_of_one_layer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "compact"])
-def test_a_step_needs_less_than_four_layers_besides_its_operands(storage):
+def test_a_step_needs_less_memory_than_four_layers_besides_its_operands(storage):
     """Compile 24 layers of width 512: the gradient of all layers would be 24 layers."""
     width, count, length = 512, 24, 64
 

@@ -179,7 +179,7 @@ def test_small_steps_add_up_in_24_bits(size):
 
 @every_wrapper
 def test_updates_that_plain_bfloat16_drops_add_up(wrap):
-    """Add 1e-4 to 1.0, a fortieth of half an ulp of bfloat16."""
+    """Add 1e-4, a fortieth of half an ulp of bfloat16, to 1.0."""
     plain, _ = pushed(optax.identity(), (4000,), 1e-4, 500)
     np.testing.assert_array_equal(float32(plain), 1.0)
     moved, state = pushed(wrap(optax.identity()), (4000,), 1e-4, 500)
