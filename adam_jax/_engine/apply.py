@@ -52,6 +52,7 @@ def apply(
     """
     with errors.error_context("apply"):
         errors.transformation("tx", tx, "apply(tx, grads, state, params)")
+        errors.both_given(grads, params)
     if emits_params(tx):
         return step(tx, grads, state, params, extra, emit_params=True)
     updates, new = optax.with_extra_args_support(tx).update(grads, state, params, **extra)

@@ -498,17 +498,19 @@ def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTre
 def _flags(mask: Mask, updates: PyTree) -> list[bool]:
     """Return one bool per leaf from an Optax mask, which is a prefix tree or a function."""
     tree = mask_tree(mask, updates)
+    if tree is None and updates is not None:
+        raise errors.mask(tree, updates, no_tree=True)
     flags: list[bool] = []
 
     def spread(flag: PyTree, subtree: PyTree) -> None:
         if not (flag is None or isinstance(flag, (bool, np.bool_, jax.Array))):
-            raise errors.mask(mask, updates, no_tree=True)
+            raise errors.mask(tree, updates, no_tree=True)
         flags.extend([bool(flag)] * len(jax.tree.leaves(subtree, is_leaf=_is_none)))
 
     try:
         jax.tree.map(spread, tree, updates, is_leaf=_is_none)
     except ValueError:
-        raise errors.mask(mask, updates) from None
+        raise errors.mask(tree, updates) from None
     return flags
 
 

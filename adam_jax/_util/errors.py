@@ -164,15 +164,22 @@ def no_schedule(caller: str, function: Any) -> PyTree:
 
 def _takes(function: Any, number: int) -> bool:
     """Whether a function takes this many positional arguments; True if unknown."""
-    try:
-        signature = inspect.signature(function, follow_wrapped=False)
-    except (TypeError, ValueError):  # some built-in functions have no signature
+    signature = _signature(function, follow_wrapped=False)
+    if signature is None:
         return True
     try:
         signature.bind(*[None] * number)
     except TypeError:
         return False
     return True
+
+
+def _signature(function: Any, *, follow_wrapped: bool = True) -> inspect.Signature | None:
+    """Return a function's signature; None if it has none, as some built-in functions."""
+    try:
+        return inspect.signature(function, follow_wrapped=follow_wrapped)
+    except (TypeError, ValueError):
+        return None
 
 
 def _shown(value: Any) -> str:
@@ -203,7 +210,9 @@ def transformation(name: str, value: Any, usage: str) -> None:
     if isinstance(value, (list, tuple)) and any(map(is_transformation, value)):
         fix = "pass its elements as separate arguments, e.g. adam_jax.chain(clip, adamw)"
     elif hasattr(value, "__name__"):  # models are callable, but have no __name__
-        fix = f"call it first, e.g. {name_of(value)}(1e-3)"
+        signature = _signature(value)
+        has_rate = signature is not None and "learning_rate" in signature.parameters
+        fix = f"call it first, e.g. {name_of(value)}({'1e-3' if has_rate else '...'})"
     raise type_error(f"{name} must be an Optax transformation, got {got}; {fix}")
 
 
@@ -469,6 +478,15 @@ def states(state: PyTree, expected: Sequence[type], masked: Sequence[bool], bare
     )
 
 
+def made_by_init(state: PyTree, expected: type) -> None:
+    """Check that a wrapper was given the state that its init returns."""
+    if getattr(state, "_fields", None) != getattr(expected, "_fields", ()):
+        raise value_error(
+            f"the state must be {expected.__name__}, as init returns it, got {_outline(state)}; "
+            f"pass the state of this optimizer, or call tx.init(params)"
+        )
+
+
 def _outline(state: PyTree) -> str:
     if type(state) is tuple:
         return f"({', '.join(map(_outline, state))})"
@@ -512,11 +530,15 @@ def only_eps(eps_root: PyTree, nesterov: bool) -> None:
 
 
 def not_a_direction(wrapper: str, text: str) -> None:
+    name = "tx"
+    fix = f"optax.chain({wrapper}(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))"
+    if wrapper == "cautious":
+        fix += ", or give the constructor cautious=True"
+    if wrapper == "hyperball":
+        name, fix = "direction", "hyperball(adam_jax.scale_by_adam(), 1e-3)"
     raise ValueError(
-        f"{wrapper}: tx must be a direction, whose updates point along the gradient, got an "
-        f"optimizer, {text}, whose updates point against it; wrap the direction instead: "
-        f"optax.chain({wrapper}(adam_jax.scale_by_adam()), optax.scale_by_learning_rate(1e-3))"
-        + (", or give the constructor cautious=True" if wrapper == "cautious" else "")
+        f"{wrapper}: {name} must point along the gradient, as a direction does, got an optimizer, "
+        f"{text}, whose updates point against it; wrap the direction instead: {fix}"
     )
 
 
@@ -539,6 +561,15 @@ def above_zero(name: str, value: Any) -> None:
 def at_least(low: int, name: str, value: Any) -> None:
     if isinstance(value, NUMBERS) and not value >= low:
         raise value_error(f"{name} must be >= {low}, got {value}")
+
+
+def integer_at_least(low: int, name: str, value: Any) -> None:
+    if not _is_integer(value) or value < low:
+        raise value_error(f"{name} must be an integer >= {low}, got {value!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def not_a_schedule(name: str, value: Any, because: str = " here") -> None:
@@ -578,8 +609,16 @@ def number_of(name: str, value: Any, options: Sequence[int]) -> None:
 
 
 def seed(value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+    if not _is_integer(value) or not 0 <= value < 2**32:
         raise value_error(f"seed must be an integer from 0 to 2**32 - 1, got {value!r}")
+
+
+def both_given(grads: PyTree, params: PyTree) -> None:
+    for name, tree, other in (("grads", grads, params), ("params", params, grads)):
+        if tree is None and other is not None:
+            raise value_error(
+                f"{name} must be given, got None; call apply(tx, grads, state, params)"
+            )
 
 
 def parameters_given(params: PyTree) -> None:
@@ -609,9 +648,9 @@ def residual(path: KeyPath, p: PyTree, rest: PyTree, dtype: PyTree) -> None:
         got = "nothing" if rest is None else f"{rest.dtype}{list(rest.shape)}"
         raise value_error(
             f"the residual of {_at('the parameter', path)}, which is {jnp.result_type(p)}, must be "
-            f"{jnp.dtype(dtype)}{list(wanted)}, got {got}: the parameter's dtype or bits= has "
-            f"changed since init; call init again, and add updates by optax.apply_updates or "
-            f"adam_jax.apply, which keep dtypes"
+            f"{jnp.dtype(dtype)}{list(wanted)}, got {got}: the parameter's shape or dtype, or "
+            f"bits=, has changed since init; call init again, and add updates by "
+            f"optax.apply_updates or adam_jax.apply, which keep dtypes"
         )
 
 
@@ -686,6 +725,15 @@ def requires(function: Any, number: int) -> bool:
         return True
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters) >= number
+
+
+def layers_of_state(count: int, norms: PyTree) -> None:
+    """Check that a state of `gradient_release` has as many layers as the parameters."""
+    if np.shape(norms) != (count,):
+        raise value_error(
+            f"the state must have {count} layers, as params, got {np.size(norms)}; call "
+            f"step.init(params)"
+        )
 
 
 def layered(params: Any) -> None:

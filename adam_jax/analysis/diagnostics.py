@@ -114,10 +114,9 @@ def record(
     with errors.error_context("record"):
         errors.transformation("tx", tx, "record(tx)")
         errors.mapping("groups", groups or {}, "groups={'biases': 'bias'}")
+        errors.integer_at_least(1, "every", every)
     patterns = groups or {"all": ""}
     searches = {name: search("record", p) for name, p in patterns.items()}
-    if not (isinstance(every, int) and every >= 1):
-        raise ValueError(f"record: every must be an integer >= 1, got {every!r}")
     inner = optax.with_extra_args_support(tx)
     # measure in two parts, so that the gradients can be freed before the second
     sum_gradients = _if_due(functools.partial(_squares, searches))
@@ -154,6 +153,8 @@ def record(
                 "record: params must be the weights, got None; "
                 "pass them, tx.update(grads, state, params)"
             )
+        with errors.error_context("record"):
+            errors.made_by_init(state, RecordState)
         due = state.step % every == 0
         step = jnp.asarray(optax.safe_increment(state.step))
         after = dict(state.values)

@@ -33,10 +33,11 @@ def convert_state(
     """Convert a running state to the storage formats and structure of `tx`, to continue the run.
 
     The state may have other formats, or come from another chain, `optax.inject_hyperparams`,
-    Optax's Adafactor, or Optax's optimizer of the same variant. Moments are matched by name,
-    decoded, and encoded as in `tx`: rounded to nearest, and down for running maxima. The new state
-    has the old step counts. Other parts of the state of `tx` (Schedule-Free's z, a chain's other
-    states) are copied if `state` has them, and are new otherwise.
+    Optax's Adafactor, or Optax's optimizer of the same variant. The moments of both states must
+    have the same names. They are decoded and encoded as in `tx`, rounded to nearest, or down for
+    running maxima. The new state has the old step counts. Other parts of the state of `tx`
+    (Schedule-Free's z, a chain's other states) are copied if `state` has them, and are new
+    otherwise.
 
     Args:
       state: the state of a running optimizer, Optax's or ours, or `nnx.Optimizer.opt_state`.
@@ -71,7 +72,7 @@ def convert_state(
         converted = _convert(fresh, donors, _first_count(state), encode)
         unused = [sorted(kind) for kind, s in donors.items() if s and isinstance(kind, frozenset)]
         if unused:
-            errors.not_convertible(unused, "which tx does not have")
+            errors.not_convertible(unused, "which tx has no place for")
         return converted
 
 
@@ -135,7 +136,8 @@ def _convert(
         kind = _kind(fresh)
         donor = donors[kind].pop(0) if donors.get(kind) else None
         if donor is None and isinstance(kind, frozenset):
-            errors.not_convertible([sorted(kind)], "which the state does not have")
+            held = "; ".join(", ".join(sorted(k)) for k in donors if isinstance(k, frozenset))
+            errors.not_convertible([sorted(kind)], f"because the state has {held or 'none'}")
         fields = moment_fields(fresh)
         new = {}
         for name in fresh._fields:

@@ -75,12 +75,20 @@ def from_torch(
             "from_torch: mapping must be given if the state dict has no param_names; pass paths "
             f"in PyTorch's order as mapping=, from {', '.join(shapes)}"
         )
+    is_list = isinstance(mapping, Sequence) and not isinstance(mapping, str)
+    if not (mapping is None or callable(mapping) or is_list):
+        raise TypeError(
+            f"from_torch: mapping must be a list of paths or a function, got {mapping!r}; pass "
+            f"paths in PyTorch's order, from {', '.join(shapes)}"
+        )
     fix = "pass a mapping that renames and transposes it, e.g. flax_names(params)"
     if callable(mapping) and not names:
         fix = (
             "the state dict has no param_names: pass paths in PyTorch's order as mapping=, or make "
             "PyTorch's optimizer from model.named_parameters()"
         )
+    if is_list:
+        fix = "correct the path in mapping"
     names = names or order
     paths = [str(name).replace(".", "/") for name in names]
     if isinstance(mapping, Sequence):

@@ -93,9 +93,7 @@ def step_on_sphere(
 
     By default, `mask` selects leaves with at least two axes besides `batch_axes`.
     """
-    is_integer = isinstance(batch_axes, (int, np.integer)) and not isinstance(batch_axes, bool)
-    if not is_integer or batch_axes < 0:
-        raise errors.value_error(f"batch_axes must be an integer >= 0, got {batch_axes!r}")
+    errors.integer_at_least(0, "batch_axes", batch_axes)
 
     def matrices(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: np.ndim(x) - batch_axes >= 2, tree)

@@ -86,6 +86,7 @@ def ademamix(
     >>> tx = ademamix(1e-3, b3=0.9999, alpha=8.0, warmup_steps=100_000, weight_decay=0.1)
     """
     errors.at_least(1, "warmup_steps", warmup_steps)
+    errors.not_a_schedule("warmup_steps", warmup_steps)
     along = link_of(scale_by_ademamix)(
         b1,
         b2,

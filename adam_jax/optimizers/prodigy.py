@@ -63,6 +63,8 @@ def prodigy(
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise errors.type_error(f"betas must be a pair of decay rates (b1, b2), got {betas!r}")
     b1, b2 = betas
+    errors.hyperparam("betas[0]", b1)
+    errors.hyperparam("betas[1]", b2)
     errors.not_a_schedule("betas[1]", b2)
     given = {
         "gamma": learning_rate,

@@ -48,7 +48,8 @@ def scale_by_stddev(
 ) -> Link:
     """Return the direction of `rmsprop` with centered=True: g / √(nu - mu² + eps).
 
-    In storage other than float32 or float64, the state has `variance`, nu - mu², in place of nu.
+    If `storage` is a function, or names a format other than float32, float64, and complex ones, the
+    state has `variance`, nu - mu², in place of nu.
 
     >>> tx = scale_by_stddev(decay=0.99)
     """

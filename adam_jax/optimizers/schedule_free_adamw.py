@@ -94,6 +94,9 @@ def schedule_free_adamw(
 
     errors.not_a_schedule("b1", b1)
     errors.at_least(0, "warmup_steps", warmup_steps)
+    errors.not_a_schedule("warmup_steps", warmup_steps)
+    errors.at_least(0, "weight_lr_power", weight_lr_power)
+    errors.not_a_schedule("weight_lr_power", weight_lr_power)
 
     def warmed_up(count: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
@@ -130,6 +133,7 @@ def schedule_free_adamw(
         *,
         emit_params: bool,
     ) -> tuple[PyTree, PyTree]:
+        errors.made_by_init(state, optax.contrib.ScheduleFreeState)
         dtype = arithmetic_dtype(state.weight_sum.dtype)
         rate = warmed_up(state.step_count - 1, dtype)
         max_lr = jnp.maximum(state.max_lr.astype(dtype), rate)
@@ -149,7 +153,8 @@ def schedule_free_adamw(
             z=iterate.z,
         )
 
-    return transformation_of((checked,), init, update, emits_params=True)
+    named = errors.error_context("schedule_free_adamw")(update)
+    return transformation_of((checked,), init, named, emits_params=True)
 
 
 def schedule_free_eval_params(state: optax.OptState, params: optax.Params) -> optax.Params:

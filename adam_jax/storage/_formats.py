@@ -41,8 +41,9 @@ def register(name: str, signed: Code, positive: Code) -> None:
         positive number as zero: where nu is 0 and mu isn't, a step is mu/ε.
 
     Raises:
-      ValueError: if the name or a dtype is taken, a dtype has over 2 bytes, a block size isn't a
-        power of two, or a code doesn't return -1, 0, and 1 exactly.
+      ValueError: if the name or a dtype is taken, two different codes have one dtype, a dtype has
+        over 2 bytes, a block size isn't a power of two, or a code doesn't return -1, 0, and 1
+        exactly.
 
     >>> import jax.numpy as jnp, adam_jax
     >>> from adam_jax.storage import Code, register
@@ -55,6 +56,12 @@ def register(name: str, signed: Code, positive: Code) -> None:
     >>> register("float8 in blocks", code, code)
     >>> tx = adam_jax.adamw(1e-3, storage="float8 in blocks")
     """
+    dtypes = {jnp.dtype(code.dtype) for code in (signed, positive)}
+    if signed != positive and len(dtypes) == 1:
+        raise ValueError(
+            f"register: the codes of {name!r} must be equal or have two dtypes, got two codes of "
+            f"{dtypes.pop()}; change the dtype of one"
+        )
     for code, exact in ((signed, (-1, 0, 1)), (positive, (0, 1))):
         problem = _problem(name, code, exact)
         if problem:
@@ -66,7 +73,7 @@ def register(name: str, signed: Code, positive: Code) -> None:
 def _problem(name: str, code: Code, exact: tuple[int, ...]) -> str:
     """Return why a code can't be registered, or an empty string."""
     dtype = jnp.dtype(code.dtype)
-    if name in FORMATS or floating(name) is not None:
+    if name in names() or floating(name) is not None:
         others = ", ".join(map(repr, names()))
         return f"name must not be taken, got {name!r}; choose one other than {others}"
     taken = [str(jnp.dtype(c.dtype)) for f in FORMATS.values() for c in f]

@@ -254,6 +254,7 @@ def renamed(storage: Storage, name: str, new: str) -> Storage:
     if isinstance(storage, Mapping):
         return {new if k == name else k: f for k, f in storage.items()}
     if is_function(storage):
+        errors.storage_function(storage)
         function: PyTree = storage
         return lambda path, leaf: renamed(function(path, leaf), name, new)
     return storage

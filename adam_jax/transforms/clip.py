@@ -65,6 +65,7 @@ def clip_by_global_norm(max_norm: Numeric) -> Transformation:
       a stateless Optax transformation.
 
     Raises:
+      TypeError: max_norm isn't a number.
       ValueError: max_norm isn't > 0.
 
     >>> import adam_jax

@@ -89,7 +89,10 @@ class GradientRelease:
             no gradient.
         """
         with errors.error_context("gradient_release"):
-            run = Pass(self.model, _layer_count(params), batch, key, shared)
+            count = _layer_count(params)
+            errors.made_by_init(state, GradientReleaseState)
+            errors.layers_of_state(count, state.layer_gradient_norms)
+            run = Pass(self.model, count, batch, key, shared)
             return _step(self, run, params, state)
 
 
@@ -157,7 +160,7 @@ def gradient_release(
     """
     with errors.error_context("gradient_release"):
         errors.transformation("tx", tx, "gradient_release(tx, first=..., layer=..., last=...)")
-        errors.at_least(1, "microbatches", microbatches)
+        errors.integer_at_least(1, "microbatches", microbatches)
     layer = _with_context(layer, 2)
     if remat is not None:
         layer = jax.checkpoint(layer, policy=remat)

@@ -37,8 +37,10 @@ def groups(
       "default".
 
     Raises:
-      TypeError: constructor is a transformation, or patterns isn't a mapping.
-      ValueError: settings are invalid; at init, a pattern matches no leaf, or two match one leaf.
+      TypeError: constructor is a transformation, patterns isn't a mapping, or an argument is
+        unknown.
+      ValueError: other settings are invalid, or a pattern is "default"; at init, a pattern matches
+        no leaf, or two match one leaf.
 
     >>> import adam_jax, jax.numpy as jnp
     >>> tx = groups(
@@ -52,6 +54,11 @@ def groups(
     with errors.error_context("groups"):
         errors.constructor(constructor, "groups(adam_jax.adamw, {...}, learning_rate=1e-3)")
         errors.mapping("patterns", patterns, "{'bias': {'weight_decay': 0.0}}")
+    if "default" in patterns:
+        raise ValueError(
+            "groups: a pattern must not be 'default', the label of leaves that match none; write "
+            "'^default'"
+        )
     parts: dict[Hashable, optax.GradientTransformation] = {
         p: _optimizer(constructor, p, s, shared) for p, s in patterns.items()
     }
@@ -84,7 +91,7 @@ def _optimizer(
 ) -> optax.GradientTransformation:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(f"groups: {pattern!r} must be a regular expression ({error})") from None
     if errors.is_transformation(settings):
         return cast(optax.GradientTransformation, settings)

@@ -177,6 +177,7 @@ def _wrap(
     seed: int = 0,
 ) -> Transformation:
     """Wrap tx to step bfloat16 parameters as SplitParams with residuals of this dtype."""
+    state_type = StochasticRoundingState if residual_dtype is None else MasterWeightsState
     with errors.error_context(name):
         errors.transformation("tx", tx, f"{name}(tx)")
         errors.nothing_after(filter(is_exact, [tx]))
@@ -190,6 +191,7 @@ def _wrap(
         emit_params: bool,
     ) -> tuple[PyTree, PyTree]:
         errors.parameters_given(params)
+        errors.made_by_init(state, state_type)
         tree = Tree(updates)
         old = tree.like("parameters", params)
         residuals = tree.like("state", None if residual_dtype is None else state.rest)

@@ -40,6 +40,7 @@ def clip_to_previous_norm(max_norm: Numeric) -> Transformation:
       an Optax transformation whose state is a `PreviousNormState`.
 
     Raises:
+      TypeError: max_norm isn't a number.
       ValueError: max_norm isn't > 0.
 
     >>> import adam_jax
@@ -60,6 +61,7 @@ def clip_to_previous_norm(max_norm: Numeric) -> Transformation:
         **extra: PyTree,
     ) -> tuple[PyTree, PreviousNormState]:
         del params
+        errors.made_by_init(state, PreviousNormState)
         square = parts.total(sum_of_squares(parts.own(by_key(updates))))
         own = jnp.sqrt(square).astype(jnp.float32)
         norm = jnp.where(state.norm == 0, own, state.norm)

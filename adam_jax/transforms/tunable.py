@@ -39,8 +39,10 @@ class TunableState(NamedTuple):
 def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[P, Transformation]:
     """Wrap a constructor so that its optimizer stores hyperparameters in the state.
 
-    `get_hyperparams` reads and `set_hyperparams` changes every number, scalar array, and schedule
-    among the arguments, without retracing. Initial values of moments are excluded.
+    `get_hyperparams` reads and `set_hyperparams` changes, without retracing, the arguments that
+    have a range and aren't None, such as learning_rate, b1, eps, and weight_decay: numbers, scalar
+    arrays, and schedules. Excluded are initial values of moments, prodigy's betas, and the
+    hyperparameters of `from_rule` and `scale_by_rule` that their rule names.
 
     Args:
       constructor: an adam_jax constructor such as `adamw`, or one with the same argument names.
@@ -94,6 +96,7 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
             *,
             emit_params: bool,
         ) -> tuple[PyTree, TunableState]:
+            errors.made_by_init(state, TunableState)
             values = _effective(given, state.set_to, state.is_set, state.count)
             updates, new = step(
                 inner(values), updates, state.inner_state, params, extra, emit_params=emit_params
@@ -202,20 +205,25 @@ def set_hyperparams(state: PyTree, *, group: str | None = None, **values: Numeri
 
 def _find(caller: str, state: PyTree, group: str | None) -> TunableState:
     """Return the only TunableState, within a group if given."""
-    found = {}
-    for path, s in named_tuples(state):
-        if isinstance(s, TunableState):
-            labels = [str(getattr(key, "key", "")) for key in path]
-            if group is None or group in labels:
-                found[path_string(path) or "the state"] = s
+    everywhere = [(path, s) for path, s in named_tuples(state) if isinstance(s, TunableState)]
+    found = {
+        path_string(path) or "the state": s
+        for path, s in everywhere
+        if group is None or group in [str(getattr(key, "key", "")) for key in path]
+    }
     if len(found) == 1:
         return next(iter(found.values()))
     if found:
         raise ValueError(
             f"{caller}: the state has hyperparameters at {', '.join(found)}; name the group"
         )
+    if everywhere:
+        paths = ", ".join(path_string(path) or "its root" for path, _ in everywhere)
+        raise ValueError(
+            f"{caller}: group must have hyperparameters, got {group!r}; the state has them at "
+            f"{paths}"
+        )
     raise ValueError(
-        f"{caller}: the state has no hyperparameters"
-        + (f" of a group {group!r}" if group else "")
-        + "; make the optimizer with tunable, e.g. tunable(adam_jax.adamw)(1e-3)"
+        f"{caller}: the state has no hyperparameters; make the optimizer with tunable, e.g. "
+        f"tunable(adam_jax.adamw)(1e-3)"
     )

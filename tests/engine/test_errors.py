@@ -930,6 +930,121 @@ def test_a_wrong_call_declaration_or_mask_is_an_error(act, error, parts):
     expect(act, error, parts)
 
 
+def layers(count):
+    return {"outer": {"w": jnp.ones((2, 3))}, "layers": {"k": jnp.ones((count, 3))}}
+
+
+RELEASE = aj.gradient_release(
+    aj.adam(1e-3),
+    first=lambda outer, batch: batch @ outer["w"],
+    layer=lambda layer, h: h + layer["k"],
+    last=lambda outer, h, batch: jnp.mean(h),
+)
+OTHER = ADAMW.init(PARAMS)
+MISUSES = [
+    *(
+        (
+            f"state of another optimizer in {name}",
+            lambda tx=tx: tx.update(PARAMS, OTHER, PARAMS),
+            ValueError,
+            name,
+            expected,
+            "ScaleByAdamState",
+            "tx.init(params)",
+        )
+        for name, tx, expected in (
+            ("master_weights", aj.master_weights(ADAMW), "MasterWeightsState"),
+            ("stochastic_rounding", aj.stochastic_rounding(ADAMW), "StochasticRoundingState"),
+            ("tunable", aj.tunable(aj.adamw)(1e-3), "TunableState"),
+            ("schedule_free_adamw", aj.schedule_free_adamw(1e-3), "ScheduleFreeState"),
+            ("record", aj.diagnostics.record(ADAMW), "RecordState"),
+            ("clip_to_previous_norm", aj.clip_to_previous_norm(1.0), "PreviousNormState"),
+        )
+    ),
+    (
+        "state of another optimizer in gradient_release",
+        lambda: RELEASE(layers(3), OTHER, jnp.ones((1, 2))),
+        ValueError,
+        "gradient_release",
+        "GradientReleaseState",
+    ),
+    (
+        "state of another number of layers",
+        lambda: RELEASE(layers(4), RELEASE.init(layers(3)), jnp.ones((1, 2))),
+        ValueError,
+        "gradient_release",
+        "4",
+        "3",
+        "step.init(params)",
+    ),
+    ("no gradients", lambda: aj.apply(ADAMW, None, OTHER, PARAMS), ValueError, "apply", "grads"),
+    (
+        "no parameters",
+        lambda: aj.apply(optax.adamw(1e-3), PARAMS, OTHER, None),
+        ValueError,
+        "apply",
+        "params",
+    ),
+    (
+        "the label of other leaves as a pattern",
+        lambda: aj.groups(aj.adamw, {"default": {}}, learning_rate=1e-3),
+        ValueError,
+        "groups",
+        "'default'",
+        "'^default'",
+    ),
+    (
+        "a group that isn't there",
+        lambda: aj.get_hyperparams(aj.tunable(aj.adamw)(1e-3).init(PARAMS), group="x"),
+        ValueError,
+        "get_hyperparams",
+        "'x'",
+    ),
+    (
+        "a mask function that returns nothing",
+        lambda: step(aj.adamw(1e-3, mask=lambda tree: None)),
+        TypeError,
+        "adamw",
+        "mask",
+        "None",
+    ),
+    (
+        "another variant's moments",
+        lambda: aj.convert_state(OTHER, aj.lion(1e-3), PARAMS),
+        ValueError,
+        "convert_state",
+        "the state has mu, nu",
+    ),
+    (
+        "one path for a storage function",
+        lambda: aj.rmsprop(1e-3, centered=True, storage=lambda path: "int8"),
+        TypeError,
+        "rmsprop",
+        "storage",
+    ),
+    (
+        "no second decay rate",
+        lambda: aj.prodigy(betas=(0.9, None)),
+        TypeError,
+        "prodigy",
+        "betas[1]",
+    ),
+    (
+        "an optimizer as a direction",
+        lambda: aj.hyperball(ADAMW, 1e-3),
+        ValueError,
+        "hyperball",
+        "direction",
+        "hyperball(adam_jax.scale_by_adam(), 1e-3)",
+    ),
+]
+
+
+@pytest.mark.parametrize("act, error, parts", [row(*misuse) for misuse in MISUSES])
+def test_a_misuse_of_states_groups_or_wrappers_is_an_error(act, error, parts):
+    expect(act, error, parts)
+
+
 def test_a_mask_may_wrap_a_function_of_more_arguments():
     def longer_than(tree, length):
         return jax.tree.map(lambda x: x.size > length, tree)

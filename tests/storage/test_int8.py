@@ -328,6 +328,7 @@ def test_a_registered_format_works_like_the_built_in_ones():
     [
         ("int8", FLOAT8, ["'int8'", "taken"]),
         ("bfloat16", FLOAT8, ["'bfloat16'", "taken"]),
+        ("factored", FLOAT8, ["'factored'", "taken"]),
         ("other", Code(jnp.int8, to_float8, from_float8), ["int8"]),
         ("other", Code(jnp.float8_e5m2, to_float8, from_float8), ["'other'", "exactly"]),
         ("other", Code(jnp.float8_e5m2, to_float8, from_float8, 100), ["100", "power of two"]),
