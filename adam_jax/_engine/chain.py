@@ -498,7 +498,7 @@ def _warn_if_nothing_is_lossy(name: str, link: Link, state: State, params: PyTre
 def _flags(mask: Mask, updates: PyTree) -> list[bool]:
     """Return one bool per leaf from an Optax mask, which is a prefix tree or a function."""
     tree = mask_tree(mask, updates)
-    if tree is None and updates is not None:
+    if tree is None and jax.tree.leaves(updates) and not jax.tree_util.all_leaves([updates]):
         raise errors.mask(tree, updates, no_tree=True)
     flags: list[bool] = []
 

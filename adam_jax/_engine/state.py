@@ -168,10 +168,10 @@ def reset_step_count(state: PyTree, pattern: str | None = None) -> PyTree:
     Bias correction restarts with old moments, so Adam's next step is (1 - b2)^½/(1 - b1) times as
     long, 0.32 by default. Larger gradients at a new target then don't cause a large step. Schedules
     of the moments' hyperparameters, such as b2, restart, too, except in `tunable` and
-    `optax.inject_hyperparams`. Schedules of the learning rate and of
-    weight decay continue, and so do the counts of wrappers such as `master_weights`. Exceptions:
-    all schedules of `prodigy` restart, and so does the weight decay of `novograd`, as in Optax.
-    Rules with a special first step (`adan`, `adopt`, `grokfast`, `novograd`) repeat it.
+    `optax.inject_hyperparams`. Schedules of the learning rate and of weight decay continue, and so
+    do the counts of wrappers such as `master_weights`. Exceptions: all schedules of `prodigy`
+    restart, and so does the weight decay of `novograd`, as in Optax. Rules with a special first
+    step (`adan`, `adopt`, `grokfast`, `novograd`) repeat it.
     Source: Ellis et al. (2024), Adam on Local Time (Adam-Rel): in reinforcement learning, reset the
     count whenever the target changes, such as at each new batch of rollouts in PPO.
 

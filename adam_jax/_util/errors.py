@@ -211,8 +211,9 @@ def transformation(name: str, value: Any, usage: str) -> None:
         fix = "pass its elements as separate arguments, e.g. adam_jax.chain(clip, adamw)"
     elif hasattr(value, "__name__"):  # models are callable, but have no __name__
         signature = _signature(value)
-        has_rate = signature is not None and "learning_rate" in signature.parameters
-        fix = f"call it first, e.g. {name_of(value)}({'1e-3' if has_rate else '...'})"
+        first = next(iter(signature.parameters), "") if signature else ""
+        arguments = "1e-3" if first == "learning_rate" else "..."
+        fix = f"call it first, e.g. {name_of(value)}({arguments})"
     raise type_error(f"{name} must be an Optax transformation, got {got}; {fix}")
 
 
@@ -483,7 +484,8 @@ def made_by_init(state: PyTree, expected: type) -> None:
     if getattr(state, "_fields", None) != getattr(expected, "_fields", ()):
         raise value_error(
             f"the state must be {expected.__name__}, as init returns it, got {_outline(state)}; "
-            f"pass the state of this optimizer, or call tx.init(params)"
+            f"pass the state of this optimizer; restore a checkpoint into its init, and convert "
+            f"another optimizer's state with convert_state(state, tx, params)"
         )
 
 
@@ -498,10 +500,12 @@ def _outline(state: PyTree) -> str:
 def mask(given: PyTree, gradients: PyTree, *, no_tree: bool = False) -> Exception:
     """Return the error for a mask that isn't a tree of bools or a prefix of the gradients."""
     error = type_error if no_tree else value_error
+    has_arrays = any(hasattr(x, "shape") for x in jax.tree.leaves(given))
+    got = jax.tree.structure(given) if has_arrays else repr(given)
     return error(
         f"the mask must be a tree of bools with the gradients' structure "
         f"{jax.tree.structure(gradients)}, a prefix of it, or a function that returns one, got "
-        f"{given!r}; use e.g. adam_jax.not_matching('bias')"
+        f"{got} as the tree or the function's result; use e.g. adam_jax.not_matching('bias')"
     )
 
 
@@ -537,7 +541,7 @@ def not_a_direction(wrapper: str, text: str) -> None:
     if wrapper == "hyperball":
         name, fix = "direction", "hyperball(adam_jax.scale_by_adam(), 1e-3)"
     raise ValueError(
-        f"{wrapper}: {name} must point along the gradient, as a direction does, got an optimizer, "
+        f"{wrapper}: the updates of {name} must point along the gradient, got an optimizer, "
         f"{text}, whose updates point against it; wrap the direction instead: {fix}"
     )
 
@@ -614,8 +618,10 @@ def seed(value: Any) -> None:
 
 
 def both_given(grads: PyTree, params: PyTree) -> None:
+    """Check for missing trees; None in place of one leaf is a leaf without a gradient."""
     for name, tree, other in (("grads", grads, params), ("params", params, grads)):
-        if tree is None and other is not None:
+        is_missing = tree is None and other is not None
+        if is_missing and not (name == "grads" and jax.tree_util.all_leaves([other])):
             raise value_error(
                 f"{name} must be given, got None; call apply(tx, grads, state, params)"
             )
@@ -727,13 +733,14 @@ def requires(function: Any, number: int) -> bool:
     return sum(p.kind in positional and p.default is p.empty for p in parameters) >= number
 
 
-def layers_of_state(count: int, norms: PyTree) -> None:
-    """Check that a state of `gradient_release` has as many layers as the parameters."""
-    if np.shape(norms) != (count,):
-        raise value_error(
-            f"the state must have {count} layers, as params, got {np.size(norms)}; call "
-            f"step.init(params)"
-        )
+def layers_of_state(count: int, leaves: Iterable[PyTree]) -> None:
+    """Check that the layers' state has as many layers as the parameters."""
+    for x in leaves:
+        if np.shape(x)[:1] != (count,):
+            raise value_error(
+                f"the state must have as many layers as params, {count}, got a leaf of shape "
+                f"{np.shape(x)}; call step.init(params)"
+            )
 
 
 def layered(params: Any) -> None:

@@ -115,6 +115,7 @@ def record(
         errors.transformation("tx", tx, "record(tx)")
         errors.mapping("groups", groups or {}, "groups={'biases': 'bias'}")
         errors.integer_at_least(1, "every", every)
+    every = int(every)  # a NumPy integer may change the dtype of the count
     patterns = groups or {"all": ""}
     searches = {name: search("record", p) for name, p in patterns.items()}
     inner = optax.with_extra_args_support(tx)

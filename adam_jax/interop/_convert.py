@@ -34,10 +34,10 @@ def convert_state(
 
     The state may have other formats, or come from another chain, `optax.inject_hyperparams`,
     Optax's Adafactor, or Optax's optimizer of the same variant. The moments of both states must
-    have the same names. They are decoded and encoded as in `tx`, rounded to nearest, or down for
-    running maxima. The new state has the old step counts. Other parts of the state of `tx`
-    (Schedule-Free's z, a chain's other states) are copied if `state` has them, and are new
-    otherwise.
+    have the same names, except those of Adafactor and of centered RMSprop. They are decoded and
+    encoded as in `tx`, rounded to nearest, or down for running maxima. The new state has the old
+    step counts. Other parts of the state of `tx` (Schedule-Free's z, a chain's other states) are
+    copied if `state` has them, and are new otherwise.
 
     Args:
       state: the state of a running optimizer, Optax's or ours, or `nnx.Optimizer.opt_state`.
@@ -136,8 +136,10 @@ def _convert(
         kind = _kind(fresh)
         donor = donors[kind].pop(0) if donors.get(kind) else None
         if donor is None and isinstance(kind, frozenset):
-            held = "; ".join(", ".join(sorted(k)) for k in donors if isinstance(k, frozenset))
-            errors.not_convertible([sorted(kind)], f"because the state has {held or 'none'}")
+            left = (k for k, s in donors.items() if s and isinstance(k, frozenset))
+            held = "; ".join(", ".join(sorted(k)) for k in left)
+            why = f"which tx needs together: the state has {held or 'no others'}"
+            errors.not_convertible([sorted(kind)], why)
         fields = moment_fields(fresh)
         new = {}
         for name in fresh._fields:

@@ -87,8 +87,6 @@ def from_torch(
             "the state dict has no param_names: pass paths in PyTorch's order as mapping=, or make "
             "PyTorch's optimizer from model.named_parameters()"
         )
-    if is_list:
-        fix = "correct the path in mapping"
     names = names or order
     paths = [str(name).replace(".", "/") for name in names]
     if isinstance(mapping, Sequence):
@@ -111,6 +109,8 @@ def from_torch(
             if callable(mapping):
                 path, x = mapping(name, x)
             if shapes.get(path) != x.shape:
+                if is_list and path not in shapes:
+                    fix = "correct the path in mapping"
                 raise ValueError(
                     f"from_torch: {field} of PyTorch's {name!r} has shape {x.shape}, but {path!r} "
                     + (f"has {shapes[path]}" if path in shapes else f"is not in {list(shapes)}")

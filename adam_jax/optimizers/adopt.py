@@ -66,8 +66,8 @@ def adopt(
     Args:
       eps: ≥ 0, a lower bound on the denominator.
       nesterov: average the normalized gradient into the momentum once more.
-      use_clipping: whether to clip the normalized gradient to ±clip_value_fn(t - 1). Complex
-        parameters can't be clipped.
+      use_clipping: whether to clip the normalized gradient to ±clip_value_fn(t - 1). Must be
+        False for complex parameters.
       clip_value_fn: the bound; None for a fourth root, as in the paper.
 
     >>> tx = adopt(1e-3)

@@ -48,8 +48,8 @@ def scale_by_stddev(
 ) -> Link:
     """Return the direction of `rmsprop` with centered=True: g / √(nu - mu² + eps).
 
-    If `storage` is a function, or names a format other than float32, float64, and complex ones, the
-    state has `variance`, nu - mu², in place of nu.
+    If `storage` is a function, or names a format other than float32, float64, or a complex dtype,
+    the state has `variance`, nu - mu², in place of nu.
 
     >>> tx = scale_by_stddev(decay=0.99)
     """

@@ -59,8 +59,8 @@ def register(name: str, signed: Code, positive: Code) -> None:
     dtypes = {jnp.dtype(code.dtype) for code in (signed, positive)}
     if signed != positive and len(dtypes) == 1:
         raise ValueError(
-            f"register: the codes of {name!r} must be equal or have two dtypes, got two codes of "
-            f"{dtypes.pop()}; change the dtype of one"
+            f"register: the codes of {name!r} must be one Code or have different dtypes, got two "
+            f"codes of {dtypes.pop()}; pass one Code twice, or change the dtype of one"
         )
     for code, exact in ((signed, (-1, 0, 1)), (positive, (0, 1))):
         problem = _problem(name, code, exact)

@@ -89,10 +89,8 @@ class GradientRelease:
             no gradient.
         """
         with errors.error_context("gradient_release"):
-            count = _layer_count(params)
             errors.made_by_init(state, GradientReleaseState)
-            errors.layers_of_state(count, state.layer_gradient_norms)
-            run = Pass(self.model, count, batch, key, shared)
+            run = Pass(self.model, _layer_count(params), batch, key, shared)
             return _step(self, run, params, state)
 
 
@@ -205,6 +203,7 @@ def _step(
     if not release.two_pass:
         inner = _with_first_norm(inner, square)
     stepper = _Stepper.of(release.tx, params, inner, square() if release.two_pass else None)
+    errors.layers_of_state(run.count, stepper.state_leaves[LAYERS])
     layers, states, cotangent, squares, sums = _step_layers(run, forward, stepper)
     first = run.first_gradient(params[OUTER], cotangent)
     gradient = jax.tree.map(jnp.add, forward.outer_gradient, first)

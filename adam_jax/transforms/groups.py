@@ -38,9 +38,9 @@ def groups(
 
     Raises:
       TypeError: constructor is a transformation, patterns isn't a mapping, or an argument is
-        unknown.
-      ValueError: other settings are invalid, or a pattern is "default"; at init, a pattern matches
-        no leaf, or two match one leaf.
+        unknown or has a wrong type.
+      ValueError: a setting is out of range, or a pattern is "default" or isn't a regular
+        expression; at init, a pattern matches no leaf, or two match one leaf.
 
     >>> import adam_jax, jax.numpy as jnp
     >>> tx = groups(
@@ -57,7 +57,7 @@ def groups(
     if "default" in patterns:
         raise ValueError(
             "groups: a pattern must not be 'default', the label of leaves that match none; write "
-            "'^default'"
+            "'(default)'"
         )
     parts: dict[Hashable, optax.GradientTransformation] = {
         p: _optimizer(constructor, p, s, shared) for p, s in patterns.items()

@@ -132,6 +132,7 @@ def stochastic_rounding(tx: optax.GradientTransformation, seed: int = 0) -> Tran
     """
     with errors.error_context("stochastic_rounding"):
         errors.seed(seed)
+    seed = int(seed)  # arithmetic on a NumPy integer may overflow
 
     def init(params: PyTree) -> StochasticRoundingState:
         with errors.error_context("stochastic_rounding"):

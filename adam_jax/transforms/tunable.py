@@ -41,8 +41,8 @@ def tunable(constructor: Callable[P, optax.GradientTransformation]) -> Callable[
 
     `get_hyperparams` reads and `set_hyperparams` changes, without retracing, the arguments that
     have a range and aren't None, such as learning_rate, b1, eps, and weight_decay: numbers, scalar
-    arrays, and schedules. Excluded are initial values of moments, prodigy's betas, and the
-    hyperparameters of `from_rule` and `scale_by_rule` that their rule names.
+    arrays, and schedules. Excluded are initial values of moments and of prodigy's estimate,
+    prodigy's betas, weight_lr_power, and the hyperparameters of a rule given to `from_rule`.
 
     Args:
       constructor: an adam_jax constructor such as `adamw`, or one with the same argument names.
@@ -219,9 +219,10 @@ def _find(caller: str, state: PyTree, group: str | None) -> TunableState:
         )
     if everywhere:
         paths = ", ".join(path_string(path) or "its root" for path, _ in everywhere)
+        fix = "omit group" if len(everywhere) == 1 else "name one of these groups"
         raise ValueError(
             f"{caller}: group must have hyperparameters, got {group!r}; the state has them at "
-            f"{paths}"
+            f"{paths}: {fix}"
         )
     raise ValueError(
         f"{caller}: the state has no hyperparameters; make the optimizer with tunable, e.g. "

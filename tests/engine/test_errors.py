@@ -937,7 +937,7 @@ def layers(count):
 RELEASE = aj.gradient_release(
     aj.adam(1e-3),
     first=lambda outer, batch: batch @ outer["w"],
-    layer=lambda layer, h: h + layer["k"],
+    layer=lambda layer, h: h + layer["k"][None],
     last=lambda outer, h, batch: jnp.mean(h),
 )
 OTHER = ADAMW.init(PARAMS)
@@ -950,7 +950,7 @@ MISUSES = [
             name,
             expected,
             "ScaleByAdamState",
-            "tx.init(params)",
+            "convert_state(state, tx, params)",
         )
         for name, tx, expected in (
             ("master_weights", aj.master_weights(ADAMW), "MasterWeightsState"),
@@ -991,7 +991,7 @@ MISUSES = [
         ValueError,
         "groups",
         "'default'",
-        "'^default'",
+        "'(default)'",
     ),
     (
         "a group that isn't there",
@@ -1043,6 +1043,14 @@ MISUSES = [
 @pytest.mark.parametrize("act, error, parts", [row(*misuse) for misuse in MISUSES])
 def test_a_misuse_of_states_groups_or_wrappers_is_an_error(act, error, parts):
     expect(act, error, parts)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint32])
+def test_a_seed_may_be_a_numpy_integer(dtype):
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    make = functools.partial(aj.stochastic_rounding, ADAMW)
+    steps = [step(make(seed), params, params, params) for seed in (5, dtype(5))]
+    chex.assert_trees_all_equal(*steps)
 
 
 def test_a_mask_may_wrap_a_function_of_more_arguments():
