@@ -618,13 +618,14 @@ def seed(value: Any) -> None:
 
 
 def both_given(grads: PyTree, params: PyTree) -> None:
-    """Check for missing trees; None in place of one leaf is a leaf without a gradient."""
-    for name, tree, other in (("grads", grads, params), ("params", params, grads)):
-        is_missing = tree is None and other is not None
-        if is_missing and not (name == "grads" and jax.tree_util.all_leaves([other])):
-            raise value_error(
-                f"{name} must be given, got None; call apply(tx, grads, state, params)"
-            )
+    """Check that neither tree is missing. If params are one leaf, it may have no gradient."""
+    missing = "params" if params is None and grads is not None else None
+    if grads is None and params is not None and not jax.tree_util.all_leaves([params]):
+        missing = "grads"
+    if missing:
+        raise value_error(
+            f"{missing} must be given, got None; call apply(tx, grads, state, params)"
+        )
 
 
 def parameters_given(params: PyTree) -> None:

@@ -205,10 +205,14 @@ def set_hyperparams(state: PyTree, *, group: str | None = None, **values: Numeri
 
 def _find(caller: str, state: PyTree, group: str | None) -> TunableState:
     """Return the only TunableState, within a group if given."""
-    everywhere = [(path, s) for path, s in named_tuples(state) if isinstance(s, TunableState)]
+    everywhere = {
+        path_string(path) or "its root": (path, s)
+        for path, s in named_tuples(state)
+        if isinstance(s, TunableState)
+    }
     found = {
-        path_string(path) or "the state": s
-        for path, s in everywhere
+        where: s
+        for where, (path, s) in everywhere.items()
         if group is None or group in [str(getattr(key, "key", "")) for key in path]
     }
     if len(found) == 1:
@@ -218,11 +222,10 @@ def _find(caller: str, state: PyTree, group: str | None) -> TunableState:
             f"{caller}: the state has hyperparameters at {', '.join(found)}; name the group"
         )
     if everywhere:
-        paths = ", ".join(path_string(path) or "its root" for path, _ in everywhere)
         fix = "omit group" if len(everywhere) == 1 else "name one of these groups"
         raise ValueError(
             f"{caller}: group must have hyperparameters, got {group!r}; the state has them at "
-            f"{paths}: {fix}"
+            f"{', '.join(everywhere)}: {fix}"
         )
     raise ValueError(
         f"{caller}: the state has no hyperparameters; make the optimizer with tunable, e.g. "
